@@ -1,0 +1,569 @@
+#!/usr/bin/env python3
+"""Fine-tune an ImageNet ResNet50 on the ten classes of iNaturalist-12K.
+
+    python Q3.py
+
+The script reads from top to bottom in the order in which a run happens:
+
+    photos -> split -> pixels -> network -> optimiser -> epochs -> test -> files
+
+The first six children of the network (conv1 to layer2) stay as ImageNet left them, its last layer is replaced by one
+for ten classes and learns fast, and the layers between learn slowly. The best epoch on the validation photos is tested
+once. Which photos there are, and which is in which part, is dataset_split.py's business; a list of (file, label) is
+all that comes from there.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+
+from dataset_split import (InputError, Parser, add_split_options, differences, find_data, labelled, list_photos, number,
+                           read_manifest, run, split, whole_file, write_manifest)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+# ---------------------------------------------------------------------------------------------------------------------
+
+def get_args_parser() -> Parser:
+    parser = Parser(prog="Q3.py", allow_abbrev=False, description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    group = parser.add_argument_group("photos")
+    group.add_argument("--data", type=Path, default=Path("inaturalist_12k"), metavar="DIR",
+                       help="folder with train/<Class>/ and val/<Class>/; val/ is the test set (default: inaturalist_12k)")
+    add_split_options(group, fraction=0.25)
+    group.add_argument("--split", type=Path, metavar="FILE",
+                       help="a manifest that dataset_split.py wrote, instead of --fraction and --val-fraction")
+    group.add_argument("--image-size", type=number(int, 32, 4096), default=224, metavar="N",
+                       help="photos are resized to N x N pixels (default: 224)")
+    group.add_argument("--workers", type=number(int, 1, 1024), metavar="N",
+                       help="processes that decode photos (default: one for each core)")
+
+    group = parser.add_argument_group("network")
+    group.add_argument("--weights", default="IMAGENET1K_V2", metavar="SPEC",
+                       help="where training starts: a torchvision name (IMAGENET1K_V1, IMAGENET1K_V2), the path of a "
+                            "ResNet50 state dict, or none for random weights (default: IMAGENET1K_V2)")
+    group.add_argument("--freeze", type=number(int, 0, 9), default=6, metavar="N",
+                       help="the first N of conv1, bn1, relu, maxpool, layer1, layer2, layer3, layer4, avgpool stay as "
+                            "they are; 9: only fc learns (default: 6)")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--recipe", choices=("tuned", "reference"), default="tuned",
+                       help="reference: plain Adam, photos squashed to a square, constant learning rates; tuned: what "
+                            "measured best, which is still the reference recipe (default: tuned)")
+    group.add_argument("--epochs", type=number(int, 1, 10**6), default=5, metavar="N", help="(default: 5)")
+    group.add_argument("--batch-size", type=number(int, 1, 10**6), default=64, metavar="N",
+                       help="photos a step at most; an epoch's steps share its photos evenly (default: 64)")
+    group.add_argument("--lr-head", type=number(float, 0, 100, open_low=True), default=1e-3, metavar="LR",
+                       help="learning rate of fc, which starts from noise (default: 1e-3)")
+    group.add_argument("--lr-backbone", type=number(float, 0, 100, open_low=True), default=1e-4, metavar="LR",
+                       help="learning rate of the other layers that learn (default: 1e-4)")
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
+                       help="auto: the GPU where there is one (default: auto)")
+    group.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+                       help="mixed precision; auto: where the hardware computes in it (default: auto)")
+
+    group = parser.add_argument_group("results")
+    group.add_argument("--out", type=Path, metavar="DIR",
+                       help="the run's folder; one that already holds a run is refused (default: runs/<date-time>)")
+    return parser
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    if args.split and (args.fraction, args.val_fraction) != (parser.get_default("fraction"), parser.get_default("val_fraction")):
+        parser.error("--split FILE takes the place of --fraction and --val-fraction: give one or the other")
+    args.workers = args.workers or os.cpu_count()
+    args.out = args.out or Path("runs", time.strftime("%Y-%m-%d_%H-%M-%S"))
+    return args
+
+
+if __name__ == "__main__":
+    args = get_args()  # a mistyped option and --help are answered here, before the seconds that torch takes to load
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torchvision  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+from torchvision.models import ResNet50_Weights, resnet50  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue, in [0, 1]
+CHECKPOINT_FORMAT = 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Photos: files -> uint8 pixels, once -> normalised batches on the device
+# ---------------------------------------------------------------------------------------------------------------------
+
+def read_photo(file: Path, size: int) -> np.ndarray:
+    """A photo as the network sees it: upright, RGB, squashed to a square.
+
+    Returns:
+        uint8 array (size, size, 3).
+
+    Raises:
+        InputError: the file is no photo, or a damaged one.
+    """
+    try:
+        with Image.open(file) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
+                image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+            image.info.pop("transparency", None)
+            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+    except Exception as error:  # for damaged files Pillow raises nearly anything: OSError, SyntaxError, struct.error ...
+        raise InputError(f"photo {str(file)!r} can't be read ({error}): replace or remove it") from None
+
+
+def decode(files: list[Path], size: int, workers: int, folder: Path) -> torch.Tensor:
+    """Decode every photo once, in several processes, into a file without a name that is gone with the run.
+
+    Args:
+        folder: where that file lies: it takes size * size * 3 bytes a photo, on disk rather than in memory.
+
+    Returns:
+        uint8 tensor (photos, size, size, 3), mapped from the file.
+
+    Raises:
+        InputError: a photo can't be read, or the disk is full.
+    """
+    ignore_ctrl_c = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))  # the parent answers it
+    try:
+        with tempfile.TemporaryFile(dir=folder) as store, ProcessPoolExecutor(workers, **ignore_ctrl_c) as pool:
+            photos = pool.map(partial(read_photo, size=size), files, chunksize=16)
+            for pixels in tqdm(photos, desc="decoding", total=len(files), unit=" photos", leave=False, disable=None):
+                store.write(pixels)
+            store.flush()
+            return torch.from_numpy(np.memmap(store, np.uint8, "r+", shape=(len(files), size, size, 3)))
+    except BrokenProcessPool:
+        raise InputError(f"a decoding process was killed, perhaps for want of memory: try fewer than --workers {workers}") from None
+    except OSError as error:
+        raise InputError(f"no room for the decoded photos in {str(folder)!r} ({error.strerror}): {len(files):,} photos "
+                         f"take {len(files) * size * size * 3 / 1e6:,.0f} MB. Choose another disk with --out") from None
+
+
+def batches(pixels: torch.Tensor, labels: torch.Tensor, order: torch.Tensor, batch_size: int, device: torch.device):
+    """Go once through the photos in the given order, in steps of at most `batch_size`, all of nearly the same size
+    (65 photos make 33 + 32 rather than 64 + 1: one photo alone is a poor gradient, and no BatchNorm statistics).
+
+    Yields:
+        Normalised photos, float32 (batch, 3, size, size) in channels-last layout, and labels, int64 (batch,).
+    """
+    mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
+    std = torch.tensor(STD, device=device).view(3, 1, 1)
+    for rows in order.tensor_split(math.ceil(len(order) / batch_size)):
+        images = pixels[rows].to(device).permute(0, 3, 1, 2).float() / 255
+        yield (images - mean) / std, labels[rows].to(device)
+
+
+def epoch_order(photos: int, seed: int, epoch: int) -> torch.Tensor:
+    """A shuffle of range(photos), int64, that depends on seed and epoch alone."""
+    return torch.randperm(photos, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network: ImageNet's ResNet50, its last layer replaced, its first children frozen
+# ---------------------------------------------------------------------------------------------------------------------
+
+def initial_state(spec: str) -> dict[str, torch.Tensor] | None:
+    """The state dict that training starts from; None for random weights.
+
+    Args:
+        spec: a torchvision name (fetched once, with a hash check), the path of a ResNet50 state dict, or "none".
+
+    Raises:
+        InputError: no network, no such file, or a file that holds something else.
+    """
+    if spec == "none":
+        return None
+    if spec in ResNet50_Weights.__members__:
+        weights = ResNet50_Weights[spec]
+        try:
+            return weights.get_state_dict(progress=True, check_hash=True)
+        except Exception as error:  # no network, a broken transfer, a wrong hash, a full disk
+            raise InputError(f"--weights {spec} can't be fetched ({first_line(error)}): download {weights.url} into "
+                             f"{torch.hub.get_dir()}/checkpoints, or anywhere and give --weights PATH") from None
+    if not Path(spec).is_file():
+        raise InputError(f"--weights {spec!r} is no file, nor one of {', '.join(ResNet50_Weights.__members__)}, none")
+    try:
+        return torch.load(spec, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"--weights {spec!r} is not a state dict that torch.load(weights_only=True) reads "
+                         f"({first_line(error)}): save one with torch.save(model.state_dict(), PATH)") from None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def build_network(spec: str, classes: int) -> nn.Module:
+    """A torchvision ResNet50 with the weights of `spec` and, whatever its last layer was, a new one for `classes`.
+
+    nn.Linear starts from small random numbers (uniform within 1 / sqrt(2048) = 0.022 on either side of 0).
+
+    Raises:
+        InputError: the weights can't be had, or are another network's.
+    """
+    state = initial_state(spec)
+    network = resnet50(weights=None)
+    if state is not None:
+        if isinstance(state, dict) and isinstance(state.get("model"), dict):
+            state = state["model"]  # a checkpoint of this script, or of torchvision's references
+        check_state(state, network.state_dict(), spec)
+        network.load_state_dict({name: value for name, value in state.items() if not name.startswith("fc.")}, strict=False)
+    network.fc = nn.Linear(network.fc.in_features, classes)
+    return network
+
+
+def check_state(state, expected: dict[str, torch.Tensor], spec: str) -> None:
+    """Raise InputError, with what differs, unless `state` fits the network (but for fc, which is replaced anyway)."""
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"--weights {spec!r} holds no state dict (names and tensors), but a {type(state).__name__}")
+    needed = {name: tuple(value.shape) for name, value in expected.items()
+              if not name.startswith("fc.") and not name.endswith("num_batches_tracked")}  # old files lack the counters
+    given = {name: tuple(value.shape) for name, value in state.items()
+             if not name.startswith("fc.") and not name.endswith("num_batches_tracked")}
+    if needed.keys() != given.keys():
+        raise InputError(f"--weights {spec!r} is another network's than ResNet50: "
+                         f"{differences(given, needed, 'the file', 'ResNet50')}")
+    for name in needed:
+        if needed[name] != given[name]:
+            raise InputError(f"--weights {spec!r} is another network's than ResNet50: {name} is {given[name]} in the "
+                             f"file and {needed[name]} in ResNet50")
+
+
+class FineTuned(nn.Module):
+    """A network cut in two: a trunk that is frozen and the rest, which learns.
+
+    Frozen means more than "no gradients": BatchNorm in train mode goes on averaging the statistics of every batch, so
+    the trunk stays in eval mode whatever mode the rest is in.
+    """
+
+    def __init__(self, network: nn.Module, freeze: int):
+        super().__init__()
+        *children, head = network.children()
+        self.trunk = nn.Sequential(*children[:freeze]).requires_grad_(False)
+        self.rest = nn.Sequential(*children[freeze:], nn.Flatten(), head)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.trunk.eval()
+        return self
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Photos (batch, 3, size, size) -> logits (batch, classes)."""
+        with torch.no_grad():
+            features = self.trunk(images)  # (batch, 512, size / 8, size / 8) behind six children
+        return self.rest(features)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimiser: a fast head, a slow backbone
+# ---------------------------------------------------------------------------------------------------------------------
+
+def build_optimizer(network: nn.Module, lr_head: float, lr_backbone: float) -> torch.optim.Optimizer:
+    """Adam over exactly the parameters that learn: fc in one group, every other unfrozen layer in the other."""
+    head = set(network.fc.parameters())
+    backbone = [parameter for parameter in network.parameters() if parameter.requires_grad and parameter not in head]
+    return torch.optim.Adam([{"params": list(network.fc.parameters()), "lr": lr_head},
+                             {"params": backbone, "lr": lr_backbone}])
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called cuda, mps or cpu; for auto the first of these that is there.
+
+    Raises:
+        InputError: it is not there.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in present if present[kind])
+    if not present[name]:
+        raise InputError(f"--device {name}: this machine or this build of torch has none; there is "
+                         f"{' and '.join(kind for kind in present if present[kind])}")
+    return torch.device(name)
+
+
+def pick_precision(amp: str, device: torch.device) -> torch.dtype:
+    """The type that matrix products and convolutions are computed in; float32 means no mixed precision.
+
+    auto is bfloat16 where the hardware multiplies in it, float16 on the NVIDIA GPUs before that (Volta, Turing), and
+    float32 elsewhere: a CPU that only emulates bfloat16 is many times slower with it (measured: 10.3 photos/s forward
+    in float32, 1.6 in bfloat16, on an AVX2 machine).
+    """
+    if amp != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return torch.float16 if torch.cuda.get_device_capability() >= (7, 0) else torch.float32
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16") else torch.float32
+    return torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Epochs
+# ---------------------------------------------------------------------------------------------------------------------
+
+def train_epoch(model: nn.Module, steps, count: int, optimizer, scaler, autocast) -> tuple[float, float]:
+    """One pass over the training photos.
+
+    Returns:
+        Mean loss and accuracy of the photos as they were when the network met them (it learns meanwhile, so they lag
+        behind what it can do at the end of the epoch).
+    """
+    model.train()
+    loss_sum, correct = 0.0, 0
+    for images, labels in steps:
+        with autocast:
+            logits = model(images)
+        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        optimizer.zero_grad()
+        scaler.scale(losses.mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        loss_sum += losses.detach().sum()
+        correct += (logits.argmax(1) == labels).sum()
+    return float(loss_sum) / count, float(correct) / count
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, steps, autocast) -> torch.Tensor:
+    """Logits of every photo, float32 (photos, classes), on the CPU."""
+    model.eval()
+    logits = []
+    for images, _ in steps:
+        with autocast:
+            logits.append(model(images).float())
+    return torch.cat(logits).cpu()
+
+
+def loss_and_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Mean cross-entropy, and the part of the photos whose largest logit is their label's."""
+    return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The test
+# ---------------------------------------------------------------------------------------------------------------------
+
+def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval that a proportion lies in with 95 % confidence (E. B. Wilson, JASA 1927)."""
+    share = correct / count
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def test_report(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> dict:
+    """What goes into test.json. Rows of the confusion matrix are the labels, columns the predictions.
+
+    A class that is never predicted has precision 0, and F1 is 0 where precision and recall both are.
+    """
+    predicted = logits.argmax(1)
+    confusion = torch.bincount(labels * len(classes) + predicted, minlength=len(classes) ** 2).view(len(classes), -1)
+    loss, accuracy = loss_and_accuracy(logits, labels)
+    per_class = {}
+    for index, name in enumerate(classes):
+        hits, actual, claimed = int(confusion[index, index]), int(confusion[index].sum()), int(confusion[:, index].sum())
+        per_class[name] = {"photos": actual, "precision": hits / max(1, claimed), "recall": hits / max(1, actual),
+                           "f1": 2 * hits / max(1, actual + claimed)}
+    return {"photos": len(labels), "loss": loss, "accuracy": accuracy,
+            "accuracy_interval_95": wilson_interval(int(confusion.trace()), len(labels)),
+            "per_class": per_class, "classes": classes, "confusion": confusion.tolist()}
+
+
+def print_report(report: dict, epoch: int) -> None:
+    low, high = report["accuracy_interval_95"]
+    print(f"\nTest of epoch {epoch}, the best on validation, on {report['photos']:,} photos: accuracy {report['accuracy']:.4f} "
+          f"(95 % interval {low:.4f} to {high:.4f}), loss {report['loss']:.4f}\n")
+    width = max(len("Class"), *(len(name) for name in report["classes"]))
+    print(f"{'Class':{width}} | Photos | Precision | Recall |     F1")
+    for name, row in report["per_class"].items():
+        print(f"{name:{width}} | {row['photos']:6} | {row['precision']:9.4f} | {row['recall']:6.4f} | {row['f1']:6.4f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run's folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+def claim_folder(out: Path) -> None:
+    """Make the run's folder.
+
+    Raises:
+        InputError: it can't be made or written to, or it holds a run already.
+    """
+    if any((out / name).exists() for name in ("config.json", "last.pt", "best.pt", "history.csv", "test.json")):
+        raise InputError(f"--out {str(out)!r} already holds a run: give another folder, or move that one away")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise InputError(f"--out {str(out)!r} can't be written to: {error.strerror}") from None
+
+
+def write_json(file: Path, value) -> None:
+    with whole_file(file) as stream:
+        stream.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_csv(file: Path, rows: list[dict]) -> None:
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, rows[0])
+    table.writeheader()
+    table.writerows(rows)
+    with whole_file(file) as stream:
+        stream.write(text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def on_cpu(value):
+    """The same nest of dicts, lists and plain values, its tensors on the CPU, where every machine can load them."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu().contiguous()
+    if isinstance(value, dict):
+        return {key: on_cpu(inner) for key, inner in value.items()}
+    return [on_cpu(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def save_checkpoint(out: Path, checkpoint: dict, is_best: bool) -> None:
+    """Write last.pt and, for the best epoch so far, best.pt: the same file under a second name."""
+    with whole_file(out / "last.pt") as stream:
+        torch.save(on_cpu(checkpoint), stream)
+    if is_best:
+        aside = out / "best.pt.tmp"
+        try:
+            os.link(out / "last.pt", aside)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(out / "last.pt", aside)
+        os.replace(aside, out / "best.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The job
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main(args: argparse.Namespace) -> None:
+    # Photos and split: which file is in which part, with which label. The test folder is only listed here.
+    data = find_data(args.data)
+    photos = list_photos(data / "train")
+    if args.split:
+        manifest = read_manifest(args.split, photos)
+        args.fraction, args.val_fraction = manifest["fraction"], manifest["val_fraction"]
+    else:
+        manifest = split(photos, args.fraction, args.val_fraction, args.seed)
+    classes = manifest["classes"]
+    test_photos = list_photos(data / "val")
+    if sorted(test_photos) != classes:
+        raise InputError(f"{data}/train and {data}/val have different classes: "
+                         f"{differences(classes, test_photos, 'train', 'val')}")
+    train = labelled(data / "train", manifest["train"], classes)
+    val = labelled(data / "train", manifest["val"], classes)
+    test = labelled(data / "val", sum(test_photos.values(), []), classes)
+    if args.batch_size == 1 and args.image_size <= 32:
+        raise InputError("--batch-size 1 with --image-size 32 leaves BatchNorm one value a channel: raise one of them")
+    claim_folder(args.out)
+
+    # Network, optimiser and precision.
+    device = pick_device(args.device)
+    precision = pick_precision(args.amp, device)
+    torch.manual_seed(args.seed)  # fc's first weights
+    network = build_network(args.weights, len(classes))
+    network.to(device, memory_format=torch.channels_last)
+    model = FineTuned(network, args.freeze)
+    optimizer = build_optimizer(network, args.lr_head, args.lr_backbone)
+    autocast = torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    torch.backends.cudnn.deterministic = True  # the same seed, the same run
+
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    trainable = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.numel() for parameter in network.parameters()) - trainable
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    print(f"Photos      {len(train):,} training, {len(val):,} validation, {len(test):,} test, of {len(classes)} classes ({data})\n"
+          f"Network     ResNet50 from {args.weights}, {args.image_size} x {args.image_size} pixels\n"
+          f"Parameters  {trainable:,} trainable, {frozen:,} frozen (the first {args.freeze} of 10 children)\n"
+          f"Device      {device.type} ({device_name}), {str(precision).removeprefix('torch.')}\n"
+          f"Steps       {math.ceil(len(train) / args.batch_size)} an epoch, {args.epochs} epochs\n"
+          f"Results     {args.out}\n", flush=True)
+
+    # Pixels: training and validation photos, decoded once.
+    pixels = decode([file for file, _ in train + val], args.image_size, args.workers, args.out)
+    labels = torch.tensor([label for _, label in train + val])
+    in_train, in_val = torch.arange(len(labels)).split([len(train), len(val)])
+
+    write_json(args.out / "config.json", {
+        "options": options, "device": device.type, "device_name": device_name, "precision": str(precision),
+        "threads": torch.get_num_threads(), "classes": classes, "trainable_parameters": trainable, "frozen_parameters": frozen,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "torchvision": torchvision.__version__, "numpy": np.__version__}})
+    write_manifest(manifest, args.out / "split.json")
+
+    # Epochs.
+    print("Epoch | Train Loss | Train Acc | Val Loss | Val Acc")
+    history, best = [], None
+    for epoch in range(1, args.epochs + 1):
+        start = time.perf_counter()
+        order = in_train[epoch_order(len(train), args.seed, epoch)]
+        steps = tqdm(batches(pixels, labels, order, args.batch_size, device), desc=f"epoch {epoch}/{args.epochs}",
+                     total=math.ceil(len(train) / args.batch_size), unit=" steps", leave=False, disable=None)
+        train_loss, train_acc = train_epoch(model, steps, len(train), optimizer, scaler, autocast)
+        train_seconds = time.perf_counter() - start
+        logits = predict(model, batches(pixels, labels, in_val, args.batch_size, device), autocast)
+        val_loss, val_acc = loss_and_accuracy(logits, labels[in_val])
+        print(f"{epoch:5} | {train_loss:10.4f} | {train_acc:9.4f} | {val_loss:8.4f} | {val_acc:7.4f}", flush=True)
+
+        history.append({"epoch": epoch, "train_loss": train_loss, "train_acc": train_acc, "val_loss": val_loss,
+                        "val_acc": val_acc, "lr_head": args.lr_head, "lr_backbone": args.lr_backbone,
+                        "seconds": time.perf_counter() - start, "images_per_second": len(train) / train_seconds})
+        is_best = best is None or (val_acc, -val_loss) > (best["val_acc"], -best["val_loss"])
+        best = history[-1] if is_best else best
+        write_csv(args.out / "history.csv", history)
+        save_checkpoint(args.out, {
+            "format": CHECKPOINT_FORMAT, "architecture": "resnet50", "model": network.state_dict(), "classes": classes,
+            "preprocessing": {"image_size": args.image_size, "resize": "squash", "interpolation": "bilinear",
+                              "mean": MEAN, "std": STD},
+            "options": options, "epoch": epoch, "history": history, "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict()}, is_best)
+
+    # The best epoch, tested once, on photos that nothing has looked at so far.
+    network.load_state_dict(torch.load(args.out / "best.pt", map_location=device, weights_only=True)["model"])
+    try:
+        pixels = decode([file for file, _ in test], args.image_size, args.workers, args.out)
+    except InputError as error:
+        raise InputError(f"{error}. The training is done and safe in {args.out / 'best.pt'}") from None
+    labels = torch.tensor([label for _, label in test])
+    logits = predict(model, batches(pixels, labels, torch.arange(len(test)), args.batch_size, device), autocast)
+    report = {"epoch": best["epoch"], **test_report(logits, labels, classes)}
+    write_json(args.out / "test.json", report)
+    confidence, predicted = logits.softmax(1).max(1)
+    write_csv(args.out / "predictions.csv", [
+        {"path": file.relative_to(data / "val").as_posix(), "label": classes[label], "predicted": classes[guess],
+         "confidence": f"{share:.6f}"} for (file, label), guess, share in zip(test, predicted.tolist(), confidence.tolist())])
+    print_report(report, best["epoch"])
+    print(f"\nCheckpoints, history and predictions: {args.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: main(args)))

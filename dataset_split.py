@@ -1,0 +1,403 @@
+#!/usr/bin/env python3
+"""Stratified subsets of a folder of labelled photos, the same on every machine.
+
+    python dataset_split.py --fraction 0.25
+
+takes a quarter of every class of inaturalist_12k/train, sets a fifth of that aside for validation, and writes down
+which photo is in which part: a manifest, not a copy. Q3.py imports this module and makes the same split itself.
+
+How a photo finds its place: the photos of a class are put in the order of a hash of (seed, path), the first
+`fraction` of that order is used, and every fifth position or so (for a `val-fraction` of 0.2) is validation. A photo's
+place depends on nothing else, so a smaller subset is always inside a larger one, and no photo ever moves between
+training and validation when the fraction changes.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import unicodedata
+from collections import Counter
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+ARCHIVE = "https://storage.googleapis.com/wandb_datasets/nature_12K.zip"
+PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's ImageFolder
+MANIFEST_FORMAT = 1
+
+
+class InputError(Exception):
+    """Input that can't be used. Its text is the one line a person gets: what is wrong, where, and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which photos there are
+# ---------------------------------------------------------------------------------------------------------------------
+
+def find_data(folder: str | os.PathLike) -> Path:
+    """The data folder as the disk spells it: the public archive unpacks to inaturalist_12K, most people type 12k.
+
+    Raises:
+        InputError: there is no such folder, or no train/ in it.
+    """
+    folder = Path(folder)
+    if not folder.exists() and folder.parent.is_dir():
+        namesakes = (other for other in folder.parent.iterdir() if other.name.lower() == folder.name.lower())
+        folder = next(namesakes, folder)
+    if not folder.is_dir():
+        raise InputError(f"no data folder {str(folder)!r} (looked in {Path.cwd()}): download {ARCHIVE} (3.8 GB) and "
+                         "unzip it here, or name your own folder with --data")
+    if not (folder / "train").is_dir():
+        raise InputError(f"no train/ in the data folder {str(folder)!r}: the photos are expected as "
+                         f"{folder}/train/<Class>/<photo>.jpg")
+    return folder
+
+
+def list_photos(folder: Path) -> dict[str, list[str]]:
+    """The photos of a tree of class folders, with what is hidden left out.
+
+    Args:
+        folder: its sub-folders are the classes; a photo may lie deeper inside its class folder.
+
+    Returns:
+        {class name: paths relative to `folder`, with "/"}, both sorted.
+
+    Raises:
+        InputError: `folder` is missing or unreadable, has fewer than two class folders, or one of them has no photo.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        if len(classes) < 2:
+            found = f"one class folder only ({classes[0]!r})" if classes else "no class folders"
+            raise InputError(f"{found} in {str(folder)!r}: at least two are needed, each with the photos of one class")
+        files = {name: sorted(_visible_files(folder, name)) for name in classes}
+    except OSError as error:
+        raise InputError(f"{str(error.filename or folder)!r} can't be listed: {error.strerror}") from None
+
+    photos = {name: [path for path in files[name] if path.lower().endswith(PHOTO_ENDINGS)] for name in classes}
+    for name in classes:
+        if not photos[name]:
+            raise InputError(f"no photos in the class folder {str(folder / name)!r} ({', '.join(PHOTO_ENDINGS)}): "
+                             "add some, or remove the folder")
+    others = [path for name in classes for path in files[name] if not path.lower().endswith(PHOTO_ENDINGS)]
+    if others:
+        print(f"left out: {len(others)} files of {folder} that are no photos by their ending, the first {others[0]!r}")
+    return photos
+
+
+def _visible_files(root: Path, class_name: str) -> list[str]:
+    def fail(error):
+        raise error
+
+    files = []
+    for folder, folders, names in os.walk(root / class_name, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = Path(folder).relative_to(root).as_posix()
+        files += [f"{inside}/{name}" for name in names if not name.startswith(".")]
+    return files
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which photo is in which part
+# ---------------------------------------------------------------------------------------------------------------------
+
+def split(photos: dict[str, list[str]], fraction: float, val_fraction: float, seed: int) -> dict:
+    """Divide a stratified subset of the photos into training and validation.
+
+    Args:
+        photos: as `list_photos` returns them.
+        fraction: part of each class that is used, in (0, 1]; rounded down, but at least one photo.
+        val_fraction: part of the used photos that is validation, in (0, 1).
+        seed: another seed draws another subset.
+
+    Returns:
+        The manifest, a dict of plain values: `format`, `fraction`, `val_fraction`, `seed`, and the sorted lists
+        `classes`, `train` and `val`.
+
+    Raises:
+        InputError: a class is too small to give each part a photo.
+    """
+    train, val = [], []
+    for name, paths in photos.items():
+        ordered = sorted(paths, key=lambda path: _order_key(seed, path))
+        used = ordered[:max(1, math.floor(len(ordered) * _exact(fraction)))]
+        in_val = [_is_validation(position, _exact(val_fraction)) for position in range(len(used))]
+        if not 0 < sum(in_val) < len(used):
+            short = "validation" if not any(in_val) else "training"
+            raise InputError(f"class {name!r} is too small: {len(used)} of its {len(paths)} photos are used, and none "
+                             f"is left for {short}. Add photos, raise --fraction, or change --val-fraction")
+        train += [path for path, held_out in zip(used, in_val) if not held_out]
+        val += [path for path, held_out in zip(used, in_val) if held_out]
+    return {"format": MANIFEST_FORMAT, "fraction": fraction, "val_fraction": val_fraction, "seed": seed,
+            "classes": sorted(photos), "train": sorted(train), "val": sorted(val)}
+
+
+def _exact(number: float) -> Fraction:
+    """The decimal that was typed: 0.29 of 100 photos is 29, where the nearest binary number makes it 28."""
+    return Fraction(str(number))
+
+
+def _order_key(seed: int, path: str) -> bytes:
+    # NFC: macOS hands out accented names decomposed, other systems as they were written
+    return hashlib.sha256(f"{seed}/{unicodedata.normalize('NFC', path)}".encode("utf-8", "surrogateescape")).digest()
+
+
+def _is_validation(position: int, val_fraction: Fraction) -> bool:
+    return round((position + 1) * val_fraction) > round(position * val_fraction)
+
+
+def labelled(root: Path, paths: list[str], classes: list[str]) -> list[tuple[Path, int]]:
+    """What goes from the disk to the network: (file, index of its class in `classes`) for each relative path."""
+    index = {name: label for label, name in enumerate(classes)}
+    return [(root / path, index[path.split("/", 1)[0]]) for path in paths]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The manifest on disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+def write_manifest(manifest: dict, file: Path) -> None:
+    """Write a manifest as JSON. One that is there already is left alone if equal, and never overwritten if not.
+
+    Raises:
+        InputError: `file` can't be written, or holds something else.
+    """
+    text = json.dumps(manifest, indent=1) + "\n"
+    try:
+        if file.exists():
+            if file.read_bytes() != text.encode():
+                raise InputError(f"{str(file)!r} is there already and differs from the split just made (other photos "
+                                 "or options): delete it, or name another file with --out")
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{str(file)!r} can't be written: {error.strerror}") from None
+    with whole_file(file) as stream:
+        stream.write(text.encode())
+
+
+@contextmanager
+def whole_file(file: Path):
+    """Open `file` for writing bytes so that it is there whole or, after a kill or an error, as it was before.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, file)
+    except OSError as error:
+        raise InputError(f"{str(file)!r} can't be written: {error.strerror}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_manifest(file: str | os.PathLike, photos: dict[str, list[str]]) -> dict:
+    """Read a manifest and check it against the photos that are there.
+
+    Args:
+        file: a JSON file that this program wrote, or one of the same form.
+        photos: as `list_photos` returns them for the data the manifest is to be used with.
+
+    Raises:
+        InputError: not a manifest, other classes, photos that are not there, or a photo named twice.
+    """
+    try:
+        manifest = json.loads(Path(file).read_bytes())
+    except OSError as error:
+        raise InputError(f"split {str(file)!r} can't be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"split {str(file)!r} is not JSON: {error}") from None
+
+    form = {"format": int, "fraction": (int, float), "val_fraction": (int, float), "seed": int,
+            "classes": list, "train": list, "val": list}
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), kind) for key, kind in form.items()):
+        raise InputError(f"split {str(file)!r} is not a manifest: it needs {', '.join(form)} (dataset_split.py writes one)")
+    if manifest["format"] != MANIFEST_FORMAT:
+        raise InputError(f"split {str(file)!r} has format {manifest['format']}, this program reads {MANIFEST_FORMAT}: "
+                         "write it again with dataset_split.py")
+    named = manifest["train"] + manifest["val"]
+    if not all(isinstance(name, str) for name in manifest["classes"] + named):
+        raise InputError(f"split {str(file)!r} is not a manifest: its lists hold something else than names")
+
+    if manifest["classes"] != sorted(photos):
+        raise InputError(f"split {str(file)!r} and the data have different classes: "
+                         f"{differences(manifest['classes'], photos, 'the split', 'the data')}")
+    missing = sorted(set(named).difference(*photos.values()))
+    if missing:
+        raise InputError(f"split {str(file)!r} names {len(missing)} photos that are not there, the first {missing[0]!r}: "
+                         "was it made from other data?")
+    repeated = [path for path, times in Counter(named).items() if times > 1]
+    if repeated:
+        raise InputError(f"split {str(file)!r} names {len(repeated)} photos more than once, the first {repeated[0]!r}")
+    untaught = sorted(set(photos) - {path.split("/", 1)[0] for path in manifest["train"]})
+    if untaught or not manifest["val"]:
+        lack = f"training photos of {untaught[0]!r}" if untaught else "validation photos"
+        raise InputError(f"split {str(file)!r} has no {lack}: every class needs one for training, and validation one at least")
+    return manifest
+
+
+def differences(ours, theirs, our_name: str, their_name: str) -> str:
+    """Say in words what only one of two collections of names holds, the first three of each."""
+    def some(names):
+        return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    ours_alone, theirs_alone = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
+    parts = [f"only {where} has {some(names)}" for names, where in ((ours_alone, our_name), (theirs_alone, their_name)) if names]
+    return "; ".join(parts) or f"{our_name} has them in another order"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same split as folders, for other tools
+# ---------------------------------------------------------------------------------------------------------------------
+
+def refuse_occupied(target: Path, source: Path) -> None:
+    """Raise InputError unless `target` is a place where a new tree can be made without touching anybody's files."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"--materialize {str(target)!r} is not an empty folder: choose another, or empty it first")
+    if source.resolve() in (target.resolve(), *target.resolve().parents):
+        raise InputError(f"--materialize {str(target)!r} lies inside the photos it would be made from: choose another folder")
+
+
+def materialize(manifest: dict, source: Path, target: Path, mode: str) -> None:
+    """Make the split as an ImageFolder tree target/train/<Class>, target/val/<Class>, whole or not at all.
+
+    Args:
+        source: the folder that the manifest's paths are relative to.
+        target: a folder that is empty or not there yet.
+        mode: "symlink" (takes no room), "hardlink" (the same, and outlives a move of `source`) or "copy".
+
+    Raises:
+        InputError: `target` holds something, or the system refuses the links or the files.
+    """
+    place = {"symlink": os.symlink, "hardlink": os.link, "copy": shutil.copy2}[mode]
+    refuse_occupied(target, source)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as aside:
+            tree = Path(aside, "tree")
+            for part in ("train", "val"):
+                for path in manifest[part]:
+                    copy = tree / part / path
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    place(os.path.abspath(source / path), copy)
+            if target.exists():
+                target.rmdir()
+            tree.rename(target)
+    except OSError as error:
+        raise InputError(f"--materialize {str(target)!r} --mode {mode} failed: {error.strerror}; nothing was left there. "
+                         "Another --mode (symlink, hardlink, copy) may do") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers a mistake in one line instead of with the whole usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (all options: python {self.prog} --help)\n")
+
+
+def number(kind: type, low: float, high: float, open_low: bool = False, open_high: bool = False):
+    """An argparse type: a number of that kind inside an interval, whose ends belong to it unless they are open."""
+    interval = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+        inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
+        if not inside:
+            raise argparse.ArgumentTypeError(f"{text} is outside {interval}")
+        return value
+
+    return parse
+
+
+def add_split_options(group, fraction: float) -> None:
+    """The three options that both commands share: with the same values they make the same split."""
+    group.add_argument("--fraction", type=number(float, 0, 1, open_low=True), default=fraction, metavar="F",
+                       help=f"part of each class's training photos to use, in (0, 1] (default: {fraction})")
+    group.add_argument("--val-fraction", type=number(float, 0, 1, open_low=True, open_high=True), default=0.2, metavar="V",
+                       help="part of these that is held out for validation, in (0, 1) (default: 0.2)")
+    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N",
+                       help="another seed draws other photos (default: 0)")
+
+
+def get_args_parser() -> Parser:
+    parser = Parser(prog="dataset_split.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    description=__doc__)
+    group = parser.add_argument_group("the split")
+    group.add_argument("--data", type=Path, default=Path("inaturalist_12k"), metavar="DIR",
+                       help="data folder; its train/ is split (default: inaturalist_12k)")
+    add_split_options(group, fraction=1.0)
+    group = parser.add_argument_group("what is written")
+    group.add_argument("--out", type=Path, metavar="FILE",
+                       help="the manifest (default: splits/<fraction>-<val-fraction>-<seed>.json)")
+    group.add_argument("--materialize", type=Path, metavar="DIR",
+                       help="also make the split as folders DIR/train/<Class> and DIR/val/<Class>, for other tools")
+    group.add_argument("--mode", choices=("symlink", "hardlink", "copy"),
+                       help="how --materialize puts photos there (default: symlink)")
+    return parser
+
+
+def print_table(manifest: dict, photos: dict[str, list[str]]) -> None:
+    rows = [(name, len(photos[name]), *(sum(path.startswith(f"{name}/") for path in manifest[part]) for part in ("train", "val")))
+            for name in photos]
+    rows.append(("Total", *(sum(column) for column in list(zip(*rows))[1:])))
+    width = max(len("Class"), *(len(row[0]) for row in rows))
+    print(f"{'Class':{width}} | Photos | Training | Validation")
+    for name, available, train, val in rows:
+        if name == "Total":
+            print("-" * (width + 32))
+        print(f"{name:{width}} | {available:6} | {train:8} | {val:10}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    if args.mode and not args.materialize:
+        parser.error("--mode says how --materialize DIR places the photos: give that too")
+    source = find_data(args.data) / "train"
+    photos = list_photos(source)
+    manifest = split(photos, args.fraction, args.val_fraction, args.seed)
+    if args.materialize:
+        refuse_occupied(args.materialize, source)
+    out = args.out or Path("splits", f"{args.fraction}-{args.val_fraction}-{args.seed}.json")
+    write_manifest(manifest, out)
+    print_table(manifest, photos)
+    print(f"\nManifest: {out}")
+    if args.materialize:
+        mode = args.mode or "symlink"
+        materialize(manifest, source, args.materialize, mode)
+        print(f"Folders:  {args.materialize}/train and {args.materialize}/val (mode: {mode})")
+
+
+def run(main) -> int:
+    """Run a command and give its exit code: 0 done, 2 unusable input (one line on stderr), 130 interrupted."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
