@@ -50,7 +50,7 @@ def get_args_parser() -> Parser:
                        help="a manifest that dataset_split.py wrote, instead of --fraction and --val-fraction")
     group.add_argument("--image-size", type=number(int, 32, 4096), default=224, metavar="N",
                        help="photos are resized to N x N pixels (default: 224)")
-    group.add_argument("--workers", type=number(int, 1, 1024), metavar="N",
+    group.add_argument("--workers", type=number(int, 1, 61), metavar="N",
                        help="processes that decode photos (default: one for each core)")
 
     group = parser.add_argument_group("network")
@@ -90,8 +90,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.split and (args.fraction, args.val_fraction) != (parser.get_default("fraction"), parser.get_default("val_fraction")):
         parser.error("--split FILE takes the place of --fraction and --val-fraction: give one or the other")
-    args.workers = args.workers or os.cpu_count()
-    args.out = args.out or Path("runs", time.strftime("%Y-%m-%d_%H-%M-%S"))
+    if args.image_size == 32 and args.batch_size <= 2 and args.freeze < 8:
+        parser.error(f"--batch-size {args.batch_size} with --image-size 32 can leave layer4's BatchNorm a single value to "
+                     "take the mean of: raise one of them")
     return args
 
 
@@ -101,7 +102,7 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torchvision  # noqa: E402
-from PIL import Image, ImageOps  # noqa: E402
+from PIL import Image, ImageOps, UnidentifiedImageError  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torchvision.models import ResNet50_Weights, resnet50  # noqa: E402
@@ -109,6 +110,54 @@ from tqdm import tqdm  # noqa: E402
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue, in [0, 1]
 CHECKPOINT_FORMAT = 1
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine
+# ---------------------------------------------------------------------------------------------------------------------
+
+def pick_device(name: str) -> torch.device:
+    """The device called cuda, mps or cpu; for auto the first of these that is there.
+
+    Raises:
+        InputError: it is not there.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in present if present[kind])
+    if not present[name]:
+        raise InputError(f"--device {name}: this machine or this build of torch has none; there is "
+                         f"{' and '.join(kind for kind in present if present[kind])}")
+    return torch.device(name)
+
+
+def pick_precision(amp: str, device: torch.device) -> torch.dtype:
+    """The type that matrix products and convolutions are computed in; float32 means no mixed precision.
+
+    auto is bfloat16 where the hardware multiplies in it, float16 on the NVIDIA GPUs before that (Volta, Turing), and
+    float32 elsewhere: a CPU that only emulates bfloat16 is many times slower with it (measured: 10.3 photos/s forward
+    in float32, 1.6 in bfloat16, on an AVX2 machine).
+    """
+    if amp != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return torch.float16 if torch.cuda.get_device_capability() >= (7, 0) else torch.float32
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16") else torch.float32
+    return torch.float32
+
+
+def layout(device: torch.device) -> torch.memory_format:
+    """Channels-last, which convolutions are fastest in (on 2 AVX2 cores 10.3 photos/s forward, against 7.1), except on
+    Apple's GPUs, where BatchNorm then gives wrong gradients (pytorch issue 175189)."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,8 +180,10 @@ def read_photo(file: Path, size: int) -> np.ndarray:
                 image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
             image.info.pop("transparency", None)
             return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+    except UnidentifiedImageError:
+        raise InputError(f"{str(file)!r} is no photo, whatever its name says: replace or remove it") from None
     except Exception as error:  # for damaged files Pillow raises nearly anything: OSError, SyntaxError, struct.error ...
-        raise InputError(f"photo {str(file)!r} can't be read ({error}): replace or remove it") from None
+        raise InputError(f"photo {str(file)!r} can't be read ({first_line(error)}): replace or remove it") from None
 
 
 def decode(files: list[Path], size: int, workers: int, folder: Path) -> torch.Tensor:
@@ -148,8 +199,9 @@ def decode(files: list[Path], size: int, workers: int, folder: Path) -> torch.Te
         InputError: a photo can't be read, or the disk is full.
     """
     ignore_ctrl_c = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))  # the parent answers it
+    pool = ProcessPoolExecutor(workers, **ignore_ctrl_c)
     try:
-        with tempfile.TemporaryFile(dir=folder) as store, ProcessPoolExecutor(workers, **ignore_ctrl_c) as pool:
+        with tempfile.TemporaryFile(dir=folder) as store:
             photos = pool.map(partial(read_photo, size=size), files, chunksize=16)
             for pixels in tqdm(photos, desc="decoding", total=len(files), unit=" photos", leave=False, disable=None):
                 store.write(pixels)
@@ -160,6 +212,8 @@ def decode(files: list[Path], size: int, workers: int, folder: Path) -> torch.Te
     except OSError as error:
         raise InputError(f"no room for the decoded photos in {str(folder)!r} ({error.strerror}): {len(files):,} photos "
                          f"take {len(files) * size * size * 3 / 1e6:,.0f} MB. Choose another disk with --out") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def batches(pixels: torch.Tensor, labels: torch.Tensor, order: torch.Tensor, batch_size: int, device: torch.device):
@@ -167,13 +221,13 @@ def batches(pixels: torch.Tensor, labels: torch.Tensor, order: torch.Tensor, bat
     (65 photos make 33 + 32 rather than 64 + 1: one photo alone is a poor gradient, and no BatchNorm statistics).
 
     Yields:
-        Normalised photos, float32 (batch, 3, size, size) in channels-last layout, and labels, int64 (batch,).
+        Normalised photos, float32 (batch, 3, size, size), and labels, int64 (batch,).
     """
     mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
     std = torch.tensor(STD, device=device).view(3, 1, 1)
     for rows in order.tensor_split(math.ceil(len(order) / batch_size)):
         images = pixels[rows].to(device).permute(0, 3, 1, 2).float() / 255
-        yield (images - mean) / std, labels[rows].to(device)
+        yield ((images - mean) / std).contiguous(memory_format=layout(device)), labels[rows].to(device)
 
 
 def epoch_order(photos: int, seed: int, epoch: int) -> torch.Tensor:
@@ -204,16 +258,12 @@ def initial_state(spec: str) -> dict[str, torch.Tensor] | None:
             raise InputError(f"--weights {spec} can't be fetched ({first_line(error)}): download {weights.url} into "
                              f"{torch.hub.get_dir()}/checkpoints, or anywhere and give --weights PATH") from None
     if not Path(spec).is_file():
-        raise InputError(f"--weights {spec!r} is no file, nor one of {', '.join(ResNet50_Weights.__members__)}, none")
+        raise InputError(f"--weights {spec!r} is no file, nor one of {', '.join(member.name for member in ResNet50_Weights)}, none")
     try:
         return torch.load(spec, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"--weights {spec!r} is not a state dict that torch.load(weights_only=True) reads "
                          f"({first_line(error)}): save one with torch.save(model.state_dict(), PATH)") from None
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def build_network(spec: str, classes: int) -> nn.Module:
@@ -289,40 +339,6 @@ def build_optimizer(network: nn.Module, lr_head: float, lr_backbone: float) -> t
                              {"params": backbone, "lr": lr_backbone}])
 
 
-def pick_device(name: str) -> torch.device:
-    """The device called cuda, mps or cpu; for auto the first of these that is there.
-
-    Raises:
-        InputError: it is not there.
-    """
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in present if present[kind])
-    if not present[name]:
-        raise InputError(f"--device {name}: this machine or this build of torch has none; there is "
-                         f"{' and '.join(kind for kind in present if present[kind])}")
-    return torch.device(name)
-
-
-def pick_precision(amp: str, device: torch.device) -> torch.dtype:
-    """The type that matrix products and convolutions are computed in; float32 means no mixed precision.
-
-    auto is bfloat16 where the hardware multiplies in it, float16 on the NVIDIA GPUs before that (Volta, Turing), and
-    float32 elsewhere: a CPU that only emulates bfloat16 is many times slower with it (measured: 10.3 photos/s forward
-    in float32, 1.6 in bfloat16, on an AVX2 machine).
-    """
-    if amp != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16
-        return torch.float16 if torch.cuda.get_device_capability() >= (7, 0) else torch.float32
-    if device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16") else torch.float32
-    return torch.float32
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Epochs
 # ---------------------------------------------------------------------------------------------------------------------
@@ -395,9 +411,9 @@ def test_report(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) 
             "per_class": per_class, "classes": classes, "confusion": confusion.tolist()}
 
 
-def print_report(report: dict, epoch: int) -> None:
+def print_report(report: dict) -> None:
     low, high = report["accuracy_interval_95"]
-    print(f"\nTest of epoch {epoch}, the best on validation, on {report['photos']:,} photos: accuracy {report['accuracy']:.4f} "
+    print(f"\nTest of the best epoch ({report['epoch']}) on {report['photos']:,} photos: accuracy {report['accuracy']:.4f} "
           f"(95 % interval {low:.4f} to {high:.4f}), loss {report['loss']:.4f}\n")
     width = max(len("Class"), *(len(name) for name in report["classes"]))
     print(f"{'Class':{width}} | Photos | Precision | Recall |     F1")
@@ -409,19 +425,43 @@ def print_report(report: dict, epoch: int) -> None:
 # The run's folder
 # ---------------------------------------------------------------------------------------------------------------------
 
-def claim_folder(out: Path) -> None:
-    """Make the run's folder.
+def claim_folder(out: Path | None) -> Path:
+    """Make the run's folder: `out`, or runs/<date-time> where that is None.
 
     Raises:
         InputError: it can't be made or written to, or it holds a run already.
     """
-    if any((out / name).exists() for name in ("config.json", "last.pt", "best.pt", "history.csv", "test.json")):
-        raise InputError(f"--out {str(out)!r} already holds a run: give another folder, or move that one away")
     try:
+        while out is None:
+            try:
+                now = Path("runs", time.strftime("%Y-%m-%d_%H-%M-%S"))
+                now.mkdir(parents=True)
+                out = now
+            except FileExistsError:  # a run that started in this very second
+                time.sleep(1)
         out.mkdir(parents=True, exist_ok=True)
+        if any((out / name).exists() for name in ("config.json", "history.csv", "last.pt", "best.pt", "test.json")):
+            raise InputError(f"--out {str(out)!r} already holds a run: give another folder, or move that one away")
         tempfile.TemporaryFile(dir=out).close()
+        return out
     except OSError as error:
-        raise InputError(f"--out {str(out)!r} can't be written to: {error.strerror}") from None
+        raise InputError(f"--out {str(out or 'runs')!r} can't be written to: {error.strerror}") from None
+
+
+def machine(device: torch.device, precision: torch.dtype) -> dict:
+    """What a run's figures depend on besides its options."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": device.type, "device_name": name, "threads": torch.get_num_threads(),
+            "precision": str(precision).removeprefix("torch."),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "torchvision": torchvision.__version__, "numpy": np.__version__}}
+
+
+def parameter_counts(network: nn.Module) -> dict:
+    counts = {True: 0, False: 0}
+    for parameter in network.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    return {"trainable_parameters": counts[True], "frozen_parameters": counts[False]}
 
 
 def write_json(file: Path, value) -> None:
@@ -468,56 +508,51 @@ def main(args: argparse.Namespace) -> None:
     # Photos and split: which file is in which part, with which label. The test folder is only listed here.
     data = find_data(args.data)
     photos = list_photos(data / "train")
+    test_photos = list_photos(data / "val")
+    if test_photos.keys() != photos.keys():
+        raise InputError(f"{str(data / 'train')!r} and {str(data / 'val')!r} have different classes: "
+                         f"{differences(photos, test_photos, 'train', 'val')}")
     if args.split:
         manifest = read_manifest(args.split, photos)
         args.fraction, args.val_fraction = manifest["fraction"], manifest["val_fraction"]
     else:
         manifest = split(photos, args.fraction, args.val_fraction, args.seed)
     classes = manifest["classes"]
-    test_photos = list_photos(data / "val")
-    if sorted(test_photos) != classes:
-        raise InputError(f"{data}/train and {data}/val have different classes: "
-                         f"{differences(classes, test_photos, 'train', 'val')}")
     train = labelled(data / "train", manifest["train"], classes)
     val = labelled(data / "train", manifest["val"], classes)
-    test = labelled(data / "val", sum(test_photos.values(), []), classes)
-    if args.batch_size == 1 and args.image_size <= 32:
-        raise InputError("--batch-size 1 with --image-size 32 leaves BatchNorm one value a channel: raise one of them")
-    claim_folder(args.out)
+    test = labelled(data / "val", [path for paths in test_photos.values() for path in paths], classes)
 
-    # Network, optimiser and precision.
+    # Network and optimiser.
     device = pick_device(args.device)
     precision = pick_precision(args.amp, device)
-    torch.manual_seed(args.seed)  # fc's first weights
-    network = build_network(args.weights, len(classes))
-    network.to(device, memory_format=torch.channels_last)
+    torch.manual_seed(args.seed)  # for the first weights of fc
+    network = build_network(args.weights, len(classes)).to(device, memory_format=layout(device))
     model = FineTuned(network, args.freeze)
     optimizer = build_optimizer(network, args.lr_head, args.lr_backbone)
     autocast = torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     torch.backends.cudnn.deterministic = True  # the same seed, the same run
 
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    trainable = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in network.parameters()) - trainable
-    device_name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"Photos      {len(train):,} training, {len(val):,} validation, {len(test):,} test, of {len(classes)} classes ({data})\n"
+    # What is going to happen, on the screen and in the run's folder.
+    args.out = claim_folder(args.out)
+    args.workers = args.workers or min(61, torch.get_num_threads())  # Windows allows 61
+    config = {"options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+              "classes": classes, "photos": {"train": len(train), "val": len(val), "test": len(test)},
+              **machine(device, precision), **parameter_counts(network)}
+    steps = math.ceil(len(train) / args.batch_size)
+    print(f"Photos      {len(train):,} training, {len(val):,} validation, {len(test):,} test; {len(classes)} classes ({data})\n"
           f"Network     ResNet50 from {args.weights}, {args.image_size} x {args.image_size} pixels\n"
-          f"Parameters  {trainable:,} trainable, {frozen:,} frozen (the first {args.freeze} of 10 children)\n"
-          f"Device      {device.type} ({device_name}), {str(precision).removeprefix('torch.')}\n"
-          f"Steps       {math.ceil(len(train) / args.batch_size)} an epoch, {args.epochs} epochs\n"
+          f"Parameters  {config['trainable_parameters']:,} trainable, {config['frozen_parameters']:,} frozen "
+          f"(the first {args.freeze} of 10 children)\n"
+          f"Device      {config['device']} ({config['device_name']}), {config['precision']}\n"
+          f"Steps       {steps} an epoch, {args.epochs * steps:,} in {args.epochs} epochs\n"
           f"Results     {args.out}\n", flush=True)
 
-    # Pixels: training and validation photos, decoded once.
+    # Pixels of the training and validation photos, decoded once.
     pixels = decode([file for file, _ in train + val], args.image_size, args.workers, args.out)
     labels = torch.tensor([label for _, label in train + val])
     in_train, in_val = torch.arange(len(labels)).split([len(train), len(val)])
-
-    write_json(args.out / "config.json", {
-        "options": options, "device": device.type, "device_name": device_name, "precision": str(precision),
-        "threads": torch.get_num_threads(), "classes": classes, "trainable_parameters": trainable, "frozen_parameters": frozen,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "torchvision": torchvision.__version__, "numpy": np.__version__}})
+    write_json(args.out / "config.json", config)
     write_manifest(manifest, args.out / "split.json")
 
     # Epochs.
@@ -526,12 +561,12 @@ def main(args: argparse.Namespace) -> None:
     for epoch in range(1, args.epochs + 1):
         start = time.perf_counter()
         order = in_train[epoch_order(len(train), args.seed, epoch)]
-        steps = tqdm(batches(pixels, labels, order, args.batch_size, device), desc=f"epoch {epoch}/{args.epochs}",
-                     total=math.ceil(len(train) / args.batch_size), unit=" steps", leave=False, disable=None)
-        train_loss, train_acc = train_epoch(model, steps, len(train), optimizer, scaler, autocast)
+        progress = tqdm(batches(pixels, labels, order, args.batch_size, device), desc=f"epoch {epoch}/{args.epochs}",
+                        total=steps, unit=" steps", leave=False, disable=None)
+        train_loss, train_acc = train_epoch(model, progress, len(train), optimizer, scaler, autocast)
         train_seconds = time.perf_counter() - start
-        logits = predict(model, batches(pixels, labels, in_val, args.batch_size, device), autocast)
-        val_loss, val_acc = loss_and_accuracy(logits, labels[in_val])
+        val_loss, val_acc = loss_and_accuracy(
+            predict(model, batches(pixels, labels, in_val, args.batch_size, device), autocast), labels[in_val])
         print(f"{epoch:5} | {train_loss:10.4f} | {train_acc:9.4f} | {val_loss:8.4f} | {val_acc:7.4f}", flush=True)
 
         history.append({"epoch": epoch, "train_loss": train_loss, "train_acc": train_acc, "val_loss": val_loss,
@@ -544,24 +579,24 @@ def main(args: argparse.Namespace) -> None:
             "format": CHECKPOINT_FORMAT, "architecture": "resnet50", "model": network.state_dict(), "classes": classes,
             "preprocessing": {"image_size": args.image_size, "resize": "squash", "interpolation": "bilinear",
                               "mean": MEAN, "std": STD},
-            "options": options, "epoch": epoch, "history": history, "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict()}, is_best)
+            "options": config["options"], "epoch": epoch, "history": history,
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, is_best)
 
-    # The best epoch, tested once, on photos that nothing has looked at so far.
+    # The best epoch is tested once, on photos that nothing has looked at so far.
     network.load_state_dict(torch.load(args.out / "best.pt", map_location=device, weights_only=True)["model"])
     try:
         pixels = decode([file for file, _ in test], args.image_size, args.workers, args.out)
     except InputError as error:
-        raise InputError(f"{error}. The training is done and safe in {args.out / 'best.pt'}") from None
+        raise InputError(f"{error}. Training is done, and its best epoch is safe in {args.out / 'best.pt'}") from None
     labels = torch.tensor([label for _, label in test])
     logits = predict(model, batches(pixels, labels, torch.arange(len(test)), args.batch_size, device), autocast)
     report = {"epoch": best["epoch"], **test_report(logits, labels, classes)}
+    print_report(report)
     write_json(args.out / "test.json", report)
     confidence, predicted = logits.softmax(1).max(1)
     write_csv(args.out / "predictions.csv", [
         {"path": file.relative_to(data / "val").as_posix(), "label": classes[label], "predicted": classes[guess],
          "confidence": f"{share:.6f}"} for (file, label), guess, share in zip(test, predicted.tolist(), confidence.tolist())])
-    print_report(report, best["epoch"])
     print(f"\nCheckpoints, history and predictions: {args.out}")
 
 

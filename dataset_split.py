@@ -333,8 +333,8 @@ def add_split_options(group, fraction: float) -> None:
                        help=f"part of each class's training photos to use, in (0, 1] (default: {fraction})")
     group.add_argument("--val-fraction", type=number(float, 0, 1, open_low=True, open_high=True), default=0.2, metavar="V",
                        help="part of these that is held out for validation, in (0, 1) (default: 0.2)")
-    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N",
-                       help="another seed draws other photos (default: 0)")
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N",
+                       help="another seed draws other photos; in training also other batches and another start (default: 0)")
 
 
 def get_args_parser() -> Parser:
@@ -394,7 +394,7 @@ def run(main) -> int:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
 

@@ -1,0 +1,98 @@
+"""What the tests share: small drawn photos, a small network, and the two commands as a user would type them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import dataset_split  # noqa: E402
+import Q3  # noqa: E402
+
+COLOURS = {"Aves": (200, 60, 40), "Fungi": (50, 180, 70), "Insecta": (60, 80, 210)}
+
+
+def draw_photo(file: Path, colour, seed: int, size=(48, 36)) -> None:
+    """A disc of the class's colour on a noisy ground; JPEG or PNG, as the name says."""
+    random = np.random.default_rng(seed)
+    image = Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    ImageDraw.Draw(image).ellipse((6, 4, size[0] - 6, size[1] - 4), fill=colour)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file)
+
+
+def draw_data(folder: Path, train: int = 10, val: int = 4, classes=COLOURS) -> Path:
+    for part, count in (("train", train), ("val", val)):
+        for name in classes:
+            for index in range(count):
+                draw_photo(folder / part / name / f"{index:02}.jpg", COLOURS.get(name, (90, 90, 90)),
+                           seed=1000 * list(classes).index(name) + index + (part == "val") * 500)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """A fresh data folder of three classes with 10 training and 4 test photos each; a test may spoil it."""
+    return draw_data(tmp_path / "photos")
+
+
+@pytest.fixture(scope="session")
+def shared_data(tmp_path_factory) -> Path:
+    """The same, drawn once; only to be read."""
+    return draw_data(tmp_path_factory.mktemp("shared") / "photos")
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """A state dict of a ResNet50 with random weights, its BatchNorm statistics away from their defaults."""
+    torch.manual_seed(7)
+    network = Q3.resnet50(weights=None)
+    for name, buffer in network.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.add_(0.1 * torch.rand_like(buffer))
+    file = tmp_path_factory.mktemp("weights") / "resnet50.pth"
+    torch.save(network.state_dict(), file)
+    return file
+
+
+@pytest.fixture
+def small_network(monkeypatch):
+    """Let Q3.py build a ResNet with one block a layer: the same children, a fraction of the time."""
+    from torchvision.models.resnet import Bottleneck, ResNet
+    monkeypatch.setattr(Q3, "resnet50", lambda weights=None: ResNet(Bottleneck, [1, 1, 1, 1]))
+
+
+def type_command(script: str, *argv, cwd: Path) -> subprocess.CompletedProcess:
+    """Run `python script argv...` from the folder `cwd`, as a user would."""
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, argv)], cwd=cwd, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "2"}, timeout=240)
+
+
+def call(script: str, *argv) -> int:
+    """The same inside this process, which saves the seconds that torch takes to load; gives the exit code."""
+    argv = list(map(str, argv))
+    commands = {"Q3.py": lambda: Q3.main(Q3.get_args(argv)), "dataset_split.py": lambda: dataset_split.main(argv)}
+    try:
+        return dataset_split.run(commands[script])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.fixture
+def refused(capsys):
+    """Check that a command answers with exit code 2 and one line on stderr, and give that line."""
+    def refused(script: str, *argv) -> str:
+        capsys.readouterr()
+        code = call(script, *argv)
+        stderr = capsys.readouterr().err
+        assert code == 2, f"exit code {code}, stderr: {stderr}"
+        assert stderr.count("\n") == 1 and stderr.endswith("\n"), f"not one line: {stderr!r}"
+        return stderr
+    return refused

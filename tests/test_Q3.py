@@ -1,0 +1,638 @@
+"""Q3.py: the whole job as a user types it, what always holds, every flag, and what is said about bad input."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+from torchvision import transforms
+
+import dataset_split
+import Q3
+from conftest import COLOURS, call, draw_data, draw_photo, type_command
+
+QUICK = ("--weights", "none", "--fraction", 1.0, "--image-size", 32, "--epochs", 1, "--batch-size", 8, "--device", "cpu", "--workers", 1)
+CPU = torch.device("cpu")
+
+
+def load(file: Path) -> dict:
+    return torch.load(file, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def run(shared_data, weights, tmp_path_factory):
+    """One whole job, typed as a user would: what it printed and the folder it left behind."""
+    out = tmp_path_factory.mktemp("run") / "first"
+    done = type_command("Q3.py", "--data", shared_data, "--weights", weights, "--fraction", 1.0, "--image-size", 64, "--epochs", 3,
+                        "--batch-size", 10, "--seed", 1, "--device", "cpu", "--out", out, cwd=out.parent)
+    assert done.returncode == 0, done.stderr
+    return done, out
+
+
+@pytest.fixture
+def quick_run(small_network, shared_data, tmp_path):
+    """Run the job inside this process with a small network; gives the run's folder."""
+    def quick_run(name: str, *flags, data=shared_data) -> Path:
+        assert call("Q3.py", "--data", data, *QUICK, *flags, "--out", tmp_path / name) == 0
+        return tmp_path / name
+    return quick_run
+
+
+# -- the whole job ----------------------------------------------------------------------------------------------------
+
+def test_job_prints_banner_table_and_test_result(run):
+    done, out = run
+    assert not done.stderr, "progress bars are for terminals"
+    for part in ("24 training, 6 validation, 12 test", "3 classes", "22,069,251 trainable", "1,444,928 frozen", "cpu", "float32",
+                 "3 an epoch, 9 in 3 epochs", str(out)):
+        assert part in done.stdout
+    lines = done.stdout.splitlines()
+    head = lines.index("Epoch | Train Loss | Train Acc | Val Loss | Val Acc")
+    for epoch, (line, row) in enumerate(zip(lines[head + 1:head + 4], read_csv(out / "history.csv")), start=1):
+        shown = [float(cell) for cell in line.split("|")]
+        assert shown[0] == epoch and len(line) == len(lines[head])
+        assert shown[1:] == [round(float(row[key]), 4) for key in ("train_loss", "train_acc", "val_loss", "val_acc")]
+    report = json.loads((out / "test.json").read_text())
+    assert f"accuracy {report['accuracy']:.4f}" in done.stdout and "95 % interval" in done.stdout
+    for name in COLOURS:
+        assert re.search(rf"^{name} +\|      4 \|", done.stdout, re.MULTILINE)
+
+
+def read_csv(file: Path) -> list[dict]:
+    with open(file, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_job_leaves_the_run_folder_of_the_readme(run, shared_data):
+    out = run[1]
+    assert sorted(os.listdir(out)) == ["best.pt", "config.json", "history.csv", "last.pt", "predictions.csv", "split.json", "test.json"]
+    assert list(read_csv(out / "history.csv")[0]) == ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr_head",
+                                                      "lr_backbone", "seconds", "images_per_second"]
+    photos = dataset_split.list_photos(shared_data / "train")
+    assert dataset_split.read_manifest(out / "split.json", photos) == dataset_split.split(photos, 1.0, 0.2, 1)
+    config = json.loads((out / "config.json").read_text())
+    assert config["options"]["seed"] == 1 and config["versions"]["torch"] == torch.__version__ and config["device"] == "cpu"
+
+
+def test_files_of_the_test_agree_with_each_other(run, shared_data):
+    out = run[1]
+    rows, report = read_csv(out / "predictions.csv"), json.loads((out / "test.json").read_text())
+    assert [row["path"] for row in rows] == sorted(path.relative_to(shared_data / "val").as_posix() for path in (shared_data / "val").rglob("*.jpg"))
+    assert all(row["label"] == row["path"].split("/")[0] for row in rows)
+    assert report["accuracy"] == sum(row["label"] == row["predicted"] for row in rows) / 12
+    for i, label in enumerate(report["classes"]):
+        for j, guess in enumerate(report["classes"]):
+            assert report["confusion"][i][j] == sum((row["label"], row["predicted"]) == (label, guess) for row in rows)
+    assert all(1 / 3 <= float(row["confidence"]) <= 1 for row in rows)
+
+
+def test_reported_test_result_is_that_of_best_pt(run, shared_data):
+    """Score best.pt with torchvision and Pillow alone: it is usable without this script, and test.json tells the truth."""
+    out = run[1]
+    checkpoint, report = load(out / "best.pt"), json.loads((out / "test.json").read_text())
+    network = torchvision.models.resnet50(num_classes=3)
+    network.load_state_dict(checkpoint["model"])
+    use = checkpoint["preprocessing"]
+    prepare = transforms.Compose([transforms.Resize((use["image_size"],) * 2), transforms.ToTensor(), transforms.Normalize(use["mean"], use["std"])])
+    for row in read_csv(out / "predictions.csv"):
+        image = Image.open(shared_data / "val" / row["path"]).convert("RGB")
+        with torch.no_grad():
+            shares = network.eval()(prepare(image)[None]).softmax(1)[0]
+        assert checkpoint["classes"][int(shares.argmax())] == row["predicted"]
+        assert float(shares.max()) == pytest.approx(float(row["confidence"]), abs=2e-3)
+    best = max(checkpoint["history"], key=lambda row: (row["val_acc"], -row["val_loss"]))
+    assert report["epoch"] == checkpoint["epoch"] == best["epoch"]
+
+
+def test_best_pt_is_the_epoch_with_the_best_validation_accuracy(quick_run, monkeypatch):
+    measured = iter([(0.9, 0.5), (0.7, 0.8), (0.6, 0.8), (0.1, 0.6), (0.5, 0.5)])  # loss, accuracy; the last is the test
+    monkeypatch.setattr(Q3, "loss_and_accuracy", lambda logits, labels: next(measured))
+    out = quick_run("out", "--epochs", 4)
+    assert load(out / "best.pt")["epoch"] == 3 and load(out / "last.pt")["epoch"] == 4
+    assert json.loads((out / "test.json").read_text())["epoch"] == 3
+
+
+def test_test_photos_are_first_read_when_training_is_over(small_network, data, tmp_path, refused):
+    (data / "val" / "Fungi" / "01.jpg").write_bytes(b"damaged")
+    line = refused("Q3.py", "--data", data, *QUICK, "--out", tmp_path / "out")
+    assert str(data / "val" / "Fungi" / "01.jpg") in line and str(tmp_path / "out" / "best.pt") in line
+    assert load(tmp_path / "out" / "best.pt")["epoch"] == 1 and not (tmp_path / "out" / "test.json").exists()
+
+
+# -- what always holds ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("file", ["best.pt", "last.pt"])
+def test_frozen_children_stay_bit_identical_and_all_others_move(run, weights, file):
+    before, after = load(weights), load(run[1] / file)["model"]
+    assert before.keys() == after.keys()
+    for name in before:
+        frozen = name.split(".")[0] in ("conv1", "bn1", "layer1", "layer2")
+        assert frozen == torch.equal(before[name], after[name]), name
+
+
+@pytest.mark.parametrize("freeze", range(10))
+def test_optimiser_holds_exactly_the_parameters_that_learn(freeze):
+    network = Q3.build_network("none", 10)
+    Q3.FineTuned(network, freeze)
+    head, backbone = Q3.build_optimizer(network, 1e-3, 1e-4).param_groups
+    learning = [parameter for child in list(network.children())[freeze:] for parameter in child.parameters()]
+    assert {id(parameter) for parameter in network.parameters() if parameter.requires_grad} == {id(p) for p in learning}
+    in_groups = [id(parameter) for group in (head, backbone) for parameter in group["params"]]
+    assert sorted(in_groups) == sorted(id(parameter) for parameter in learning), "each in one group, once"
+    assert {id(parameter) for parameter in head["params"]} == {id(parameter) for parameter in network.fc.parameters()}
+    assert (head["lr"], backbone["lr"]) == (1e-3, 1e-4)
+
+
+def test_default_freeze_lets_layer3_layer4_and_fc_learn():
+    network = Q3.build_network("none", 10)
+    Q3.FineTuned(network, Q3.get_args([]).freeze)
+    assert {name.split(".")[0] for name, parameter in network.named_parameters() if parameter.requires_grad} == {"layer3", "layer4", "fc"}
+
+
+def test_trunk_stays_in_eval_mode_and_builds_no_graph():
+    model = Q3.FineTuned(Q3.build_network("none", 3), 6)
+    for mode in (True, False, True):
+        model.train(mode)
+        assert not any(module.training for module in model.trunk.modules())
+        assert all(module.training == mode for module in model.rest.modules())
+    seen = []
+    model.rest[0].register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    model(torch.randn(2, 3, 64, 64, requires_grad=True))
+    (features, output), = seen
+    assert not features.requires_grad and output.requires_grad
+
+
+def test_the_cut_network_computes_what_the_whole_one_does():
+    network = Q3.build_network("none", 5).eval()
+    images = torch.randn(2, 3, 64, 64)
+    for freeze in (0, 6, 9):
+        assert torch.equal(Q3.FineTuned(network, freeze).eval()(images), network(images))
+
+
+def test_metrics_do_not_depend_on_the_batches():
+    torch.manual_seed(0)
+    pixels, labels = torch.randint(0, 256, (23, 8, 8, 3), dtype=torch.uint8), torch.randint(0, 4, (23,))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    images = (pixels.permute(0, 3, 1, 2) / 255 - torch.tensor(Q3.MEAN).view(3, 1, 1)) / torch.tensor(Q3.STD).view(3, 1, 1)
+    expected = nn.functional.cross_entropy(model(images), labels).item(), (model(images).argmax(1) == labels).float().mean().item()
+    standing_still = torch.optim.SGD(model.parameters(), lr=0.0)
+    for batch_size in (1, 3, 7, 22, 64):
+        steps = lambda: Q3.batches(pixels, labels, torch.randperm(23), batch_size, CPU)  # noqa: E731, B023
+        assert Q3.train_epoch(model, steps(), 23, standing_still, torch.amp.GradScaler("cpu", enabled=False),
+                              torch.autocast("cpu", enabled=False)) == pytest.approx(expected, abs=1e-5)
+        logits = Q3.predict(model, Q3.batches(pixels, labels, torch.arange(23), batch_size, CPU), torch.autocast("cpu", enabled=False))
+        assert Q3.loss_and_accuracy(logits, labels) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("photos, batch_size, sizes", [
+    (65, 64, [33, 32]), (128, 64, [64, 64]), (5, 64, [5]), (1999, 64, [63] * 15 + [62] * 17), (3, 1, [1, 1, 1])])
+def test_batches_share_the_photos_evenly(photos, batch_size, sizes):
+    pixels, labels = torch.zeros(photos, 2, 2, 3, dtype=torch.uint8), torch.arange(photos)
+    seen = [batch for _, batch in Q3.batches(pixels, labels, torch.arange(photos).flip(0), batch_size, CPU)]
+    assert [len(batch) for batch in seen] == sizes
+    assert torch.equal(torch.cat(seen), torch.arange(photos).flip(0))
+
+
+def test_every_epoch_shuffles_anew_and_the_same_way_each_time():
+    orders = {(seed, epoch): tuple(Q3.epoch_order(50, seed, epoch).tolist()) for seed in (0, 1) for epoch in (1, 2)}
+    assert len(set(orders.values())) == 4 and all(sorted(order) == list(range(50)) for order in orders.values())
+    torch.manual_seed(99)
+    assert orders[0, 1] == tuple(Q3.epoch_order(50, 0, 1).tolist())
+
+
+def test_same_seed_same_run(quick_run, capsys):
+    def printed(*names_and_flags):
+        out = quick_run(*names_and_flags)
+        text = capsys.readouterr().out
+        return text[text.index("Epoch |"):text.index("Checkpoints")], load(out / "last.pt")["model"]
+    first, again, other = printed("a", "--epochs", 2), printed("b", "--epochs", 2), printed("c", "--epochs", 2, "--seed", 1)
+    assert first[0] == again[0] != other[0]
+    assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
+
+
+def test_checkpoint_holds_plain_values_on_the_cpu_and_all_that_resuming_needs(run):
+    checkpoint = load(run[1] / "last.pt")
+    assert checkpoint["classes"] == list(COLOURS)
+    assert checkpoint["preprocessing"]["image_size"] == 64 and checkpoint["options"]["weights"].endswith(".pth")
+    assert [row["epoch"] for row in checkpoint["history"]] == [1, 2, 3]
+    network = Q3.build_network("none", 3)
+    Q3.FineTuned(network, 6)
+    optimizer = Q3.build_optimizer(network, 1, 1)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-4]
+    assert all(state["step"] == 9 for state in optimizer.state.values())
+
+
+def test_failed_save_leaves_the_last_good_checkpoints(tmp_path, monkeypatch):
+    Q3.save_checkpoint(tmp_path, {"epoch": 1}, is_best=True)
+    Q3.save_checkpoint(tmp_path, {"epoch": 2}, is_best=False)
+    assert (load(tmp_path / "best.pt"), load(tmp_path / "last.pt")) == ({"epoch": 1}, {"epoch": 2})
+
+    def full(value, stream):
+        stream.write(b"half a check")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(dataset_split.InputError, match="No space left"):
+        Q3.save_checkpoint(tmp_path, {"epoch": 3}, is_best=True)
+    assert (load(tmp_path / "best.pt"), load(tmp_path / "last.pt")) == ({"epoch": 1}, {"epoch": 2})
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
+
+
+def test_best_checkpoint_is_copied_where_the_disk_has_no_links(tmp_path, monkeypatch):
+    def unsupported(source, target):
+        raise OSError("no links here")
+    monkeypatch.setattr(os, "link", unsupported)
+    Q3.save_checkpoint(tmp_path, {"epoch": 1}, is_best=True)
+    Q3.save_checkpoint(tmp_path, {"epoch": 2}, is_best=False)
+    assert load(tmp_path / "best.pt") == {"epoch": 1} and sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
+
+
+def test_head_starts_small_and_new_whatever_the_weights_held(weights, tmp_path):
+    network = Q3.build_network(str(weights), 10)
+    assert network.fc.weight.shape == (10, 2048) and network.fc.weight.abs().max() <= 2048 ** -0.5
+    state = {name: value for name, value in load(weights).items() if not name.endswith("num_batches_tracked")}
+    state["fc.weight"], state["fc.bias"] = torch.randn(7, 2048), torch.randn(7)
+    torch.save({"model": state, "epoch": 3}, tmp_path / "checkpoint.pt")
+    again = Q3.build_network(str(tmp_path / "checkpoint.pt"), 10).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in state.items() if not name.startswith("fc."))
+
+
+# -- photos as they come ----------------------------------------------------------------------------------------------
+
+def halves(left, right) -> Image.Image:
+    """A picture whose left half has one colour and whose right half has another."""
+    image = Image.new("RGB", (80, 60), right)
+    image.paste(left, (0, 0, 40, 60))
+    return image
+
+
+def colours_of(file: Path) -> list[tuple]:
+    photo = Q3.read_photo(file, 40)
+    assert photo.shape == (40, 40, 3) and photo.dtype == np.uint8
+    return [photo[20, 8].tolist(), photo[20, 32].tolist()]
+
+
+@pytest.mark.parametrize("mode, name", [("RGB", "x.png"), ("RGB", "x.jpg"), ("P", "x.png"), ("CMYK", "x.jpg"), ("CMYK", "x.tif"),
+                                        ("RGBA", "x.png"), ("RGBA", "x.webp"), ("RGB", "x.bmp"), ("RGB", "x.ppm"), ("P", "x.tif")])
+def test_colour_photos_of_every_kind_arrive_as_rgb(tmp_path, mode, name):
+    halves((200, 40, 60), (30, 90, 220)).convert(mode).save(tmp_path / name)
+    assert np.allclose(colours_of(tmp_path / name), [(200, 40, 60), (30, 90, 220)], atol=30)
+
+
+@pytest.mark.parametrize("mode, name", [("L", "x.png"), ("L", "x.jpg"), ("LA", "x.png"), ("1", "x.png")])
+def test_grey_photos_arrive_as_rgb(tmp_path, mode, name):
+    halves((0, 0, 0), (255, 255, 255)).convert(mode).save(tmp_path / name)
+    assert np.allclose(colours_of(tmp_path / name), [(0, 0, 0), (255, 255, 255)], atol=3)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "x.pgm"])
+def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path, name):
+    grey = np.full((60, 80), 64 * 257, dtype=np.uint16)
+    grey[:, 40:] = 192 * 257
+    Image.fromarray(grey).save(tmp_path / name)
+    assert np.allclose(colours_of(tmp_path / name), [(64,) * 3, (192,) * 3], atol=1)
+
+
+def test_transparent_palettes_arrive_without_a_warning(tmp_path, recwarn):
+    image = halves((200, 40, 60), (30, 90, 220)).convert("P")
+    image.save(tmp_path / "x.png", transparency=bytes([0, 128] * 8))
+    assert np.allclose(colours_of(tmp_path / "x.png"), [(200, 40, 60), (30, 90, 220)], atol=30)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    """The eight ways to hold a camera: each file, seen as its tag says, is dark on the left and light on the right."""
+    upright = halves((0, 0, 0), (255, 255, 255))
+    stored_from_upright = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's Transpose that undoes each tag
+    image = upright if orientation == 1 else upright.transpose(Image.Transpose(stored_from_upright[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "x.jpg", exif=exif)
+    assert np.allclose(colours_of(tmp_path / "x.jpg"), [(0, 0, 0), (255, 255, 255)], atol=8)
+
+
+def test_a_batch_is_what_torchvisions_transforms_make_of_the_photo(tmp_path):
+    draw_photo(tmp_path / "x.jpg", (200, 60, 40), seed=3, size=(90, 50))
+    prepare = transforms.Compose([transforms.Resize((64, 64)), transforms.ToTensor(), transforms.Normalize(
+        torchvision.models.ResNet50_Weights.DEFAULT.transforms().mean, torchvision.models.ResNet50_Weights.DEFAULT.transforms().std)])
+    pixels = Q3.decode([tmp_path / "x.jpg"], 64, 1, tmp_path)
+    (images, labels), = Q3.batches(pixels, torch.tensor([4]), torch.tensor([0]), 64, CPU)
+    assert torch.allclose(images[0], prepare(Image.open(tmp_path / "x.jpg")), atol=1e-5) and labels.tolist() == [4]
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_decoding_keeps_the_order_and_leaves_no_file(tmp_path):
+    files = [tmp_path / f"{index}.png" for index in range(40)]
+    for index, file in enumerate(files):
+        Image.new("RGB", (9, 5), (index, 2 * index, 3)).save(file)
+    pixels = Q3.decode(files, 32, 2, tmp_path)
+    assert pixels.shape == (40, 32, 32, 3) and pixels[:, 7, 7].tolist() == [[index, 2 * index, 3] for index in range(40)]
+    assert len(os.listdir(tmp_path)) == 40
+
+
+# -- the test's figures -----------------------------------------------------------------------------------------------
+
+def test_report_counts_by_hand():
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    predicted = torch.tensor([0, 0, 1, 1, 0, 1])
+    report = Q3.test_report(nn.functional.one_hot(predicted, 3).float() * 9, labels, ["a", "b", "c"])
+    assert report["confusion"] == [[2, 1, 0], [1, 1, 0], [0, 1, 0]] and report["accuracy"] == 0.5
+    assert report["per_class"]["a"] == pytest.approx({"photos": 3, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3})
+    assert report["per_class"]["b"] == pytest.approx({"photos": 2, "precision": 1 / 3, "recall": 1 / 2, "f1": 0.4})
+    assert report["per_class"]["c"] == {"photos": 1, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+
+
+@pytest.mark.parametrize("correct, count, low, high", [(80, 100, 0.7112, 0.8666), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)])
+def test_wilson_interval(correct, count, low, high):
+    assert Q3.wilson_interval(correct, count) == pytest.approx((low, high), abs=1e-4)
+
+
+# -- every flag changes something -------------------------------------------------------------------------------------
+
+def options_of(out: Path) -> dict:
+    return json.loads((out / "config.json").read_text())["options"]
+
+
+FLAGS = {  # flag: (value, what the run folder then shows)
+    "--data": (None, lambda out: "test_each_flag" in options_of(out)["data"]),
+    "--fraction": (0.5, lambda out: json.loads((out / "config.json").read_text())["photos"]["train"] == 12),
+    "--val-fraction": (0.5, lambda out: json.loads((out / "config.json").read_text())["photos"]["val"] == 15),
+    "--seed": (5, lambda out: json.loads((out / "split.json").read_text())["seed"] == 5),
+    "--image-size": (40, lambda out: load(out / "best.pt")["preprocessing"]["image_size"] == 40),
+    "--freeze": (9, lambda out: json.loads((out / "config.json").read_text())["trainable_parameters"] == 3 * 2048 + 3),
+    "--epochs": (2, lambda out: len(read_csv(out / "history.csv")) == 2),
+    "--batch-size": (4, lambda out: all(state["step"] == 6 for state in load(out / "last.pt")["optimizer"]["state"].values())),
+    "--lr-head": (0.01, lambda out: load(out / "last.pt")["optimizer"]["param_groups"][0]["lr"] == 0.01),
+    "--lr-backbone": (0.02, lambda out: load(out / "last.pt")["optimizer"]["param_groups"][1]["lr"] == 0.02),
+    "--amp": ("bf16", lambda out: json.loads((out / "config.json").read_text())["precision"] == "bfloat16"),
+    "--recipe": ("reference", lambda out: options_of(out)["recipe"] == "reference"),
+    "--out": (None, lambda out: out.name == "other"),
+}
+TESTED_ELSEWHERE = {"--split", "--weights", "--device", "--workers", "--help"}
+
+
+def test_every_flag_has_a_test():
+    flags = {flag for action in Q3.get_args_parser()._actions for flag in action.option_strings if flag.startswith("--")}
+    assert flags == FLAGS.keys() | TESTED_ELSEWHERE
+
+
+def test_each_flag_changes_something(quick_run, data):
+    plain = quick_run("plain")
+    for flag, (value, shows) in FLAGS.items():
+        assert not shows(plain), flag
+        shutil.rmtree(plain.parent / "other", ignore_errors=True)
+        assert shows(quick_run("other", *(() if value is None else (flag, value)), data=data)), flag
+
+
+def test_learning_rates_reach_their_layers(quick_run):
+    def moved(name, *flags):
+        still, far = load(quick_run(f"{name}0", "--lr-head", 1e-12, "--lr-backbone", 1e-12) / "last.pt")["model"], load(quick_run(name, *flags) / "last.pt")["model"]
+        return {key.split(".")[0] for key in far if key.endswith("weight") and (far[key] - still[key]).abs().max() > 1e-5}
+    assert moved("head", "--lr-head", 1e-2, "--lr-backbone", 1e-12) == {"fc"}
+    assert moved("backbone", "--lr-head", 1e-12, "--lr-backbone", 1e-2) == {"layer3", "layer4"}
+
+
+def test_mixed_precision_changes_the_arithmetic(quick_run):
+    exact, rounded = (read_csv(quick_run(amp, "--amp", amp) / "history.csv")[0]["train_loss"] for amp in ("off", "bf16"))
+    assert exact != rounded and float(exact) == pytest.approx(float(rounded), rel=0.05)
+
+
+def test_split_takes_a_manifest(quick_run, data, tmp_path):
+    assert call("dataset_split.py", "--data", data, "--fraction", 0.6, "--val-fraction", 0.4, "--seed", 3, "--out", tmp_path / "s.json") == 0
+    flags = [flag for pair in zip(QUICK[::2], QUICK[1::2]) if pair[0] != "--fraction" for flag in pair]
+    assert call("Q3.py", "--data", data, *flags, "--split", tmp_path / "s.json", "--out", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "split.json").read_text()) == json.loads((tmp_path / "s.json").read_text())
+    assert (options_of(tmp_path / "out")["fraction"], options_of(tmp_path / "out")["val_fraction"]) == (0.6, 0.4)
+    made_here = quick_run("made", "--fraction", 0.6, "--val-fraction", 0.4, "--seed", 3, data=data)
+    assert json.loads((made_here / "split.json").read_text()) == json.loads((tmp_path / "s.json").read_text())
+
+
+def test_workers_is_the_number_of_decoding_processes(data, tmp_path, monkeypatch):
+    started = []
+    class Pool(Q3.ProcessPoolExecutor):
+        def __init__(self, workers, **rest):
+            started.append(workers)
+            super().__init__(workers, **rest)
+    monkeypatch.setattr(Q3, "ProcessPoolExecutor", Pool)
+    files = sorted((data / "train").rglob("*.jpg"))
+    pixels = [Q3.decode(files, 32, workers, tmp_path) for workers in (1, 3)]
+    assert started == [1, 3] and torch.equal(*pixels)
+
+
+def test_weights_none_starts_from_noise_and_a_path_from_the_file(weights):
+    state = Q3.build_network("none", 3).state_dict()
+    assert not torch.equal(state["conv1.weight"], load(weights)["conv1.weight"])
+    assert torch.equal(Q3.build_network(str(weights), 3).state_dict()["conv1.weight"], load(weights)["conv1.weight"])
+
+
+def test_weights_by_name_come_from_torchvision_with_a_hash_check(weights, monkeypatch):
+    asked = []
+    def fetch(self, *args, **options):
+        asked.append((self.name, options))
+        return load(weights)
+    monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", fetch)
+    assert Q3.get_args([]).weights == "IMAGENET1K_V2"
+    state = Q3.build_network("IMAGENET1K_V1", 3).state_dict()
+    assert torch.equal(state["layer4.2.conv3.weight"], load(weights)["layer4.2.conv3.weight"])
+    assert asked == [("IMAGENET1K_V1", {"progress": True, "check_hash": True})]
+
+
+def test_default_folder_is_named_after_the_time_and_never_shared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = Q3.claim_folder(None), Q3.claim_folder(None)
+    assert first != second and first.is_dir() and second.is_dir()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", first.name) and first.parent == Path("runs")
+
+
+@pytest.mark.parametrize("present, auto", [((True, False), "cuda"), ((False, True), "mps"), ((False, False), "cpu")])
+def test_device_auto_is_the_gpu_where_there_is_one(monkeypatch, present, auto):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: present[0])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: present[1])
+    assert Q3.pick_device("auto").type == auto and Q3.pick_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize("capabilities, auto", [
+    ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16), ({"bf16": True}, torch.bfloat16),
+    ({"avx2": True, "avx512_bf16": False}, torch.float32)])
+def test_precision_auto_asks_what_the_processor_computes_in(monkeypatch, capabilities, auto):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert Q3.pick_precision("auto", CPU) == auto
+    assert Q3.pick_precision("off", CPU) == torch.float32 and Q3.pick_precision("bf16", CPU) == torch.bfloat16
+
+
+@pytest.mark.parametrize("bf16, capability, auto", [(True, (8, 0), torch.bfloat16), (False, (7, 5), torch.float16), (False, (6, 1), torch.float32)])
+def test_precision_auto_on_nvidia_gpus(monkeypatch, bf16, capability, auto):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert Q3.pick_precision("auto", torch.device("cuda")) == auto
+
+
+def test_apples_gpus_get_the_layout_they_compute_right_in():
+    assert Q3.layout(torch.device("mps")) == torch.contiguous_format and Q3.layout(CPU) == torch.channels_last
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_job_runs_on_cuda_in_mixed_precision(small_network, shared_data, tmp_path):
+    flags = [flag for pair in zip(QUICK[::2], QUICK[1::2]) if pair[0] != "--device" for flag in pair]
+    assert call("Q3.py", "--data", shared_data, *flags, "--out", tmp_path / "out") == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["device"] == "cuda" and config["precision"] in ("bfloat16", "float16")
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+def test_typed_mistakes_end_in_one_line_and_exit_code_2(tmp_path):
+    done = type_command("Q3.py", "--epochs", 0, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--epochs" in done.stderr and not done.stdout
+    done = type_command("Q3.py", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and dataset_split.ARCHIVE in done.stderr
+    assert os.listdir(tmp_path) == [], "a run that could not start leaves nothing behind"
+
+
+def test_options_are_answered_before_torch_is_loaded(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise SystemExit(77)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert type_command("Q3.py", "--help", cwd=tmp_path).returncode == 0
+    assert type_command("Q3.py", "--batch-size", "0", cwd=tmp_path).returncode == 2
+    assert type_command("Q3.py", cwd=tmp_path).returncode == 77, "the stand-in for torch was not met at all"
+
+
+@pytest.mark.parametrize("flags, part", [
+    (["--fraction", "0"], "outside (0, 1]"), (["--fraction", "2"], "outside (0, 1]"), (["--val-fraction", "1"], "outside (0, 1)"),
+    (["--batch-size", "0"], "outside [1"), (["--epochs", "0"], "outside [1"), (["--epochs", "two"], "not a whole number"),
+    (["--freeze", "10"], "outside [0, 9]"), (["--lr-head", "0"], "outside (0"), (["--lr-backbone", "inf"], "outside"),
+    (["--image-size", "16"], "outside [32"), (["--workers", "0"], "outside [1"), (["--device", "tpu"], "'tpu'"), (["--amp", "int8"], "'int8'"),
+    (["--recipe", "best"], "'best'"), (["--epoch", "3"], "--epoch"), (["--split", "s.json", "--fraction", "0.5"], "one or the other"),
+    (["--batch-size", "2", "--image-size", "32"], "BatchNorm")])
+def test_wrong_options(shared_data, refused, flags, part):
+    assert part in refused("Q3.py", "--data", shared_data, *flags)
+
+
+@pytest.mark.parametrize("spoil, part", [
+    (lambda data: shutil.rmtree(data), dataset_split.ARCHIVE),
+    (lambda data: shutil.rmtree(data / "train"), "no train/"),
+    (lambda data: [shutil.rmtree(data / "train" / name) for name in COLOURS], "no class folders"),
+    (lambda data: [file.unlink() for file in (data / "train" / "Fungi").iterdir()], os.path.join("train", "Fungi")),
+    (lambda data: [file.unlink() for file in sorted((data / "train" / "Fungi").iterdir())[2:]], "'Fungi' is too small"),
+    (lambda data: shutil.rmtree(data / "val"), os.path.join("photos", "val")),
+    (lambda data: shutil.rmtree(data / "val" / "Fungi"), "only train has 'Fungi'"),
+    (lambda data: (data / "val" / "Aves").rename(data / "val" / "Birds"), "only train has 'Aves'; only val has 'Birds'"),
+    (lambda data: [file.unlink() for file in (data / "val" / "Aves").iterdir()], os.path.join("val", "Aves")),
+    (lambda data: (data / "train" / "Aves" / "03.jpg").write_text("a poem"), os.path.join("train", "Aves", "03.jpg") + "' is no photo"),
+    (lambda data: cut_off(data / "train" / "Aves" / "04.jpg"), os.path.join("train", "Aves", "04.jpg") + "' can't be read (")])
+def test_unusable_photos(small_network, data, tmp_path, refused, spoil, part):
+    spoil(data)
+    assert part in refused("Q3.py", "--data", data, *QUICK, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") == [], "the same --out can be used again"
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-200])
+
+
+def test_hidden_files_and_folders_change_nothing(quick_run, data):
+    for name in (".DS_Store", "Aves/._00.jpg", ".ipynb_checkpoints/x.jpg"):
+        for part in ("train", "val"):
+            (data / part / name).parent.mkdir(exist_ok=True)
+            (data / part / name).write_bytes(b"?")
+    assert json.loads((quick_run("out", data=data) / "config.json").read_text())["photos"] == {"train": 24, "val": 6, "test": 12}
+
+
+def test_split_that_does_not_fit_the_data(data, tmp_path, refused):
+    assert call("dataset_split.py", "--data", data, "--out", tmp_path / "s.json") == 0
+    gone = json.loads((tmp_path / "s.json").read_text())["train"][0]
+    (data / "train" / gone).unlink()
+    assert repr(gone) in refused("Q3.py", "--data", data, "--split", tmp_path / "s.json", "--out", tmp_path / "out")
+    draw_photo(data / "train" / "Zebra" / "0.jpg", (9, 9, 9), 0)
+    draw_photo(data / "val" / "Zebra" / "0.jpg", (9, 9, 9), 0)
+    assert "'Zebra'" in refused("Q3.py", "--data", data, "--split", tmp_path / "s.json", "--out", tmp_path / "out")
+
+
+def save(tmp_path, value) -> Path:
+    torch.save(value, tmp_path / "w.pth")
+    return tmp_path / "w.pth"
+
+
+class Malicious:
+    def __reduce__(self):
+        return exec, ("open('executed', 'w')",)
+
+
+@pytest.mark.parametrize("make, part", [
+    (lambda tmp: tmp / "nowhere.pth", "is no file, nor one of IMAGENET1K_V1, IMAGENET1K_V2, none"),
+    (lambda tmp: tmp, "is no file"),
+    (lambda tmp: draw_data(tmp / "d") / "train" / "Aves" / "00.jpg", "not a state dict"),
+    (lambda tmp: (save(tmp, {"a": torch.zeros(99)}), cut_off(tmp / "w.pth"))[0], "not a state dict"),
+    (lambda tmp: save(tmp, Malicious()), "not a state dict"),
+    (lambda tmp: save(tmp, torch.zeros(3)), "a Tensor"),
+    (lambda tmp: save(tmp, {"epoch": 3}), "no state dict"),
+    (lambda tmp: save(tmp, {}), "only ResNet50 has"),
+    (lambda tmp: save(tmp, torchvision.models.mobilenet_v3_small().state_dict()), "only the file has 'classifier"),
+    (lambda tmp: save(tmp, torchvision.models.resnet34().state_dict()), "only ResNet50 has 'layer1.0.bn3"),
+    (lambda tmp: save(tmp, torchvision.models.wide_resnet50_2().state_dict()), "layer1.0.conv1.weight is (128, 64, 1, 1) in the file and (64, 64, 1, 1)")])
+def test_weights_that_are_none_of_a_resnet50(shared_data, tmp_path, monkeypatch, refused, make, part):
+    monkeypatch.chdir(tmp_path)
+    assert part in refused("Q3.py", "--data", shared_data, "--weights", make(tmp_path), "--fraction", 1.0, "--out", "out")
+    assert not os.path.exists("out") and not os.path.exists("executed")
+
+
+def test_without_network_the_message_says_which_file_goes_where(shared_data, monkeypatch, tmp_path, refused):
+    def offline(self, **options):
+        raise URLError("Name or service not known")
+    monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    line = refused("Q3.py", "--data", shared_data, "--fraction", 1.0, "--out", tmp_path / "out")
+    for part in ("IMAGENET1K_V2", "https://download.pytorch.org/models/resnet50-11ad3fa6.pth", str(tmp_path / "torch"), "--weights PATH"):
+        assert part in line
+
+
+@pytest.mark.parametrize("name", ["config.json", "last.pt", "best.pt", "history.csv"])
+def test_out_that_already_holds_a_run(small_network, shared_data, tmp_path, refused, name):
+    (tmp_path / name).write_text("earlier")
+    assert "already holds a run" in refused("Q3.py", "--data", shared_data, *QUICK, "--out", tmp_path)
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == "earlier"
+
+
+def test_out_that_cannot_be_a_folder(small_network, shared_data, tmp_path, refused):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "inside"):
+        assert "can't be written to" in refused("Q3.py", "--data", shared_data, *QUICK, "--out", out)
+
+
+def test_device_that_is_not_there(shared_data, monkeypatch, refused):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device cuda" in refused("Q3.py", "--data", shared_data, *QUICK, "--device", "cuda")
+
+
+def test_full_disk_while_decoding(small_network, shared_data, tmp_path, monkeypatch, refused):
+    class Full:
+        def __init__(self, **_): pass
+        def __enter__(self): return self
+        def __exit__(self, *_): pass
+        def close(self): pass
+        def write(self, _): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Q3.tempfile, "TemporaryFile", Full)
+    line = refused("Q3.py", "--data", shared_data, *QUICK, "--out", tmp_path / "out")
+    assert "No space left" in line and "--out" in line
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_killed_decoding_process(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(Q3, "read_photo", die)
+    with pytest.raises(dataset_split.InputError, match="was killed"):
+        Q3.decode([tmp_path / "x.jpg"], 32, 1, tmp_path)
+
+
+def die(file, size):
+    os.kill(os.getpid(), 9)

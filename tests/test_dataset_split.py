@@ -1,0 +1,331 @@
+"""dataset_split.py: the split itself, the manifest, the folders for other tools, and what is said about bad input."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import dataset_split as ds
+from conftest import ROOT, call, draw_photo, type_command
+
+CLASSES = ("Amphibia", "Animalia", "Arachnida", "Aves", "Fungi", "Insecta", "Mammalia", "Mollusca", "Plantae", "Reptilia")
+
+
+def names(counts: dict[str, int]) -> dict[str, list[str]]:
+    return {name: [f"{name}/{index:04}.jpg" for index in range(count)] for name, count in counts.items()}
+
+
+def inaturalist() -> dict[str, list[str]]:
+    return names({name: 999 if name == "Insecta" else 1000 for name in CLASSES})
+
+
+def touch(folder: Path, counts: dict[str, int]) -> Path:
+    for name, count in counts.items():
+        (folder / "train" / name).mkdir(parents=True)
+        for index in range(count):
+            (folder / "train" / name / f"{index}.jpg").touch()
+    return folder
+
+
+# -- the split --------------------------------------------------------------------------------------------------------
+
+def test_defaults_give_the_published_sizes():
+    manifest = ds.split(inaturalist(), 0.25, 0.2, seed=0)
+    assert (len(manifest["train"]), len(manifest["val"])) == (1999, 500)
+
+
+def test_split_is_the_same_on_every_machine():
+    """Written down once: a change here would move photos between the parts of everybody's earlier runs."""
+    manifest = ds.split(names({"Aves": 12, "Été": 8}), 0.75, 0.3, seed=3)
+    assert manifest["train"] == ["Aves/0001.jpg", "Aves/0003.jpg", "Aves/0004.jpg", "Aves/0006.jpg", "Aves/0007.jpg",
+                                 "Aves/0008.jpg", "Été/0001.jpg", "Été/0002.jpg", "Été/0005.jpg", "Été/0007.jpg"]
+    assert manifest["val"] == ["Aves/0005.jpg", "Aves/0010.jpg", "Aves/0011.jpg", "Été/0003.jpg", "Été/0006.jpg"]
+
+
+def test_split_does_not_depend_on_the_order_of_the_listing_nor_on_other_classes():
+    photos = inaturalist()
+    shuffled = {name: paths[::-1] for name, paths in reversed(photos.items())}
+    assert ds.split(photos, 0.25, 0.2, 0) == ds.split(shuffled, 0.25, 0.2, 0)
+    alone = ds.split({"Aves": photos["Aves"]}, 0.25, 0.2, 0)
+    assert alone["val"] == [path for path in ds.split(photos, 0.25, 0.2, 0)["val"] if path.startswith("Aves/")]
+
+
+def test_accented_names_split_alike_composed_and_decomposed():
+    composed, decomposed = "\u00e9", "e\u0301"
+    def positions(letter):
+        paths = [f"C/{letter}{index}.jpg" for index in range(50)]
+        held_out = ds.split({"C": paths}, 1.0, 0.2, 0)["val"]
+        return [paths.index(path) for path in paths if path in held_out]
+    assert positions(composed) == positions(decomposed)
+
+
+@pytest.mark.parametrize("val_fraction", [0.05, 0.2, 0.5, 0.8])
+def test_parts_share_no_photo_and_subsets_nest(val_fraction):
+    photos = names({"Aves": 400, "Fungi": 333})
+    earlier_train, earlier_val = set(), set()
+    for fraction in (0.1, 0.25, 0.5, 0.77, 1.0):
+        manifest = ds.split(photos, fraction, val_fraction, seed=5)
+        train, val = set(manifest["train"]), set(manifest["val"])
+        assert not train & val
+        assert earlier_train <= train and earlier_val <= val
+        assert len(train) + len(val) == sum(math.floor(len(paths) * fraction) for paths in photos.values())
+        earlier_train, earlier_val = train, val
+    assert train | val == {path for paths in photos.values() for path in paths}
+
+
+def test_validation_takes_its_share_of_every_class():
+    manifest = ds.split(inaturalist(), 0.25, 0.2, 0)
+    for name in CLASSES:
+        used = 249 if name == "Insecta" else 250
+        assert sum(path.startswith(name) for path in manifest["val"]) == round(used * 0.2)
+
+
+def test_seed_draws_other_photos():
+    assert ds.split(inaturalist(), 0.25, 0.2, 0)["train"] != ds.split(inaturalist(), 0.25, 0.2, 1)["train"]
+
+
+def test_fraction_means_the_decimal_that_was_typed():
+    """In floating point 100 * 0.29 is 28.999999999999996."""
+    manifest = ds.split(names({"Aves": 100}), 0.29, 0.2, 0)
+    assert len(manifest["train"]) + len(manifest["val"]) == 29
+
+
+@pytest.mark.parametrize("photos, fraction, val_fraction, part", [
+    (2, 1.0, 0.2, "validation"), (20, 0.1, 0.2, "validation"), (1, 1.0, 0.9, "training"), (3, 0.01, 0.5, "validation")])
+def test_class_too_small_for_both_parts_is_named(photos, fraction, val_fraction, part):
+    with pytest.raises(ds.InputError, match=f"'Aves' is too small: .* {part}"):
+        ds.split(names({"Aves": photos, "Fungi": 500}), fraction, val_fraction, 0)
+
+
+# -- which photos there are -------------------------------------------------------------------------------------------
+
+def test_hidden_files_and_other_files_are_no_photos(data, capsys):
+    before = ds.list_photos(data / "train")
+    for name in (".DS_Store", "Aves/.DS_Store", "Aves/._00.jpg", ".cache/x.jpg", "Aves/.thumbs/x.jpg", "list.txt", "Aves/notes.txt"):
+        (data / "train" / name).parent.mkdir(exist_ok=True)
+        (data / "train" / name).write_bytes(b"?")
+    assert ds.list_photos(data / "train") == before
+    assert "1 files" in (output := capsys.readouterr().out) and "Aves/notes.txt" in output
+
+
+def test_photos_may_lie_deeper_and_end_in_capitals(data):
+    draw_photo(data / "train" / "Aves" / "2019" / "may" / "IMG.JPG", (1, 2, 3), 0)
+    assert "Aves/2019/may/IMG.JPG" in ds.list_photos(data / "train")["Aves"]
+
+
+def test_either_spelling_of_the_archive_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(touch(tmp_path / "inaturalist_12K", {"A": 5, "B": 5}).parent)
+    assert ds.find_data("inaturalist_12k") == Path("inaturalist_12K")
+    assert call("dataset_split.py") == 0
+
+
+def test_labels_follow_the_sorted_class_names():
+    assert ds.labelled(Path("t"), ["B/1.jpg", "A/x/2.jpg"], ["A", "B"]) == [(Path("t/B/1.jpg"), 1), (Path("t/A/x/2.jpg"), 0)]
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+def test_command_writes_the_manifest_and_says_what_and_where(data):
+    done = type_command("dataset_split.py", "--data", data, "--fraction", 0.5, cwd=data.parent)
+    assert done.returncode == 0 and not done.stderr
+    manifest = json.loads((data.parent / "splits" / "0.5-0.2-0.json").read_text())
+    assert manifest == ds.split(ds.list_photos(data / "train"), 0.5, 0.2, 0)
+    assert list(manifest) == ["format", "fraction", "val_fraction", "seed", "classes", "train", "val"]
+    assert all(manifest[part] == sorted(manifest[part]) for part in ("classes", "train", "val"))
+    rows = [line.replace("|", " ").split() for line in done.stdout.splitlines()]
+    assert ["Aves", "10", "4", "1"] in rows and ["Total", "30", "12", "3"] in rows
+    assert str(Path("splits", "0.5-0.2-0.json")) in done.stdout
+
+
+@pytest.mark.parametrize("flags, changed", [
+    (["--fraction", "0.5"], ("fraction", 0.5)), (["--val-fraction", "0.5"], ("val_fraction", 0.5)), (["--seed", "9"], ("seed", 9))])
+def test_each_option_of_the_split_changes_it(data, monkeypatch, flags, changed):
+    monkeypatch.chdir(data.parent)
+    assert call("dataset_split.py", "--data", data, "--out", "plain.json") == 0
+    assert call("dataset_split.py", "--data", data, "--out", "other.json", *flags) == 0
+    plain, other = json.loads(Path("plain.json").read_text()), json.loads(Path("other.json").read_text())
+    assert other[changed[0]] == changed[1] != plain[changed[0]]
+    assert (other["train"], other["val"]) != (plain["train"], plain["val"])
+
+
+def test_a_manifest_is_never_overwritten_by_another(data, tmp_path, refused):
+    out = tmp_path / "split.json"
+    assert call("dataset_split.py", "--data", data, "--out", out) == 0
+    text = out.read_text()
+    assert call("dataset_split.py", "--data", data, "--out", out) == 0, "the same split again is no harm"
+    assert "delete it" in refused("dataset_split.py", "--data", data, "--out", out, "--seed", 1)
+    assert out.read_text() == text
+
+
+def test_whole_file_keeps_the_old_content_until_the_new_is_complete(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("old")
+    with pytest.raises(ZeroDivisionError), ds.whole_file(file) as stream:
+        stream.write(b"ne")
+        stream.flush()
+        assert file.read_text() == "old"
+        1 / 0
+    assert file.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+    with ds.whole_file(file) as stream:
+        stream.write(b"new")
+    assert file.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+
+
+def test_twelve_thousand_photos_take_under_two_seconds_and_no_torch(tmp_path):
+    touch(tmp_path, {name: 1200 for name in CLASSES})
+    start = time.perf_counter()
+    done = type_command("dataset_split.py", "--data", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0 and time.perf_counter() - start < 2
+    code = "import sys, dataset_split; sys.exit(any(name in sys.modules for name in ('torch', 'torchvision', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# -- the folders for other tools --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", ["symlink", "hardlink", "copy"])
+def test_materialize_makes_the_split_as_folders(data, tmp_path, monkeypatch, mode):
+    monkeypatch.chdir(tmp_path)
+    assert call("dataset_split.py", "--data", "photos", "--fraction", 0.5, "--materialize", "tree", "--mode", mode) == 0
+    manifest = json.loads(Path("splits/0.5-0.2-0.json").read_text())
+    for part in ("train", "val"):
+        made = sorted(path.relative_to(f"tree/{part}").as_posix() for path in Path("tree", part).rglob("*.jpg"))
+        assert made == manifest[part]
+    photo, source = Path("tree", "train", manifest["train"][0]), data / "train" / manifest["train"][0]
+    assert photo.read_bytes() == source.read_bytes()
+    assert photo.is_symlink() == (mode == "symlink")
+    assert (not photo.is_symlink() and photo.samefile(source)) == (mode == "hardlink")
+    assert sorted(os.listdir()) == ["photos", "splits", "tree"], "nothing else is left lying about"
+
+
+def test_materialize_links_by_default_and_accepts_an_empty_folder(data, tmp_path):
+    (tmp_path / "tree").mkdir()
+    assert call("dataset_split.py", "--data", data, "--out", tmp_path / "s.json", "--materialize", tmp_path / "tree") == 0
+    assert all(path.is_symlink() for path in (tmp_path / "tree").rglob("*.jpg"))
+
+
+def test_materialize_refuses_a_folder_in_use(data, tmp_path, refused):
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "thesis.txt").write_text("mine")
+    line = refused("dataset_split.py", "--data", data, "--out", tmp_path / "s.json", "--materialize", tmp_path / "tree")
+    assert "not an empty folder" in line and os.listdir(tmp_path / "tree") == ["thesis.txt"]
+    assert not (tmp_path / "s.json").exists(), "refused before anything is written"
+
+
+def test_materialize_refuses_to_write_among_the_photos(data, tmp_path, refused):
+    line = refused("dataset_split.py", "--data", data, "--out", tmp_path / "s.json", "--materialize", data / "train" / "sub")
+    assert "inside the photos" in line and "sub" not in os.listdir(data / "train")
+
+
+def test_materialize_leaves_nothing_behind_when_it_fails(data, tmp_path, monkeypatch, refused):
+    def full(source, target):
+        if "Fungi" in str(target):
+            raise OSError(28, "No space left on device")
+        Path(target).touch()
+    monkeypatch.setattr(ds.shutil, "copy2", full)
+    line = refused("dataset_split.py", "--data", data, "--out", tmp_path / "s.json", "--materialize", tmp_path / "tree", "--mode", "copy")
+    assert "No space left" in line and sorted(os.listdir(tmp_path)) == ["photos", "s.json"]
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+def test_missing_data_folder_says_how_to_get_it(tmp_path, refused):
+    line = refused("dataset_split.py", "--data", tmp_path / "nowhere")
+    assert "nowhere" in line and ds.ARCHIVE in line and "--data" in line
+
+
+def test_data_folder_without_train_is_named(tmp_path, refused):
+    (tmp_path / "Aves").mkdir()
+    assert "no train/" in refused("dataset_split.py", "--data", tmp_path)
+
+
+def test_train_without_class_folders(tmp_path, refused):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "1.jpg").touch()
+    assert "no class folders" in refused("dataset_split.py", "--data", tmp_path)
+
+
+def test_one_class_only(tmp_path, refused):
+    assert "one class folder only ('Aves')" in refused("dataset_split.py", "--data", touch(tmp_path, {"Aves": 9}))
+
+
+def test_empty_class_folder_is_named(tmp_path, refused):
+    assert os.path.join("train", "Fungi") in refused("dataset_split.py", "--data", touch(tmp_path, {"Aves": 9, "Fungi": 0}))
+
+
+def test_class_that_is_too_small_is_named(tmp_path, refused):
+    assert "'Fungi' is too small" in refused("dataset_split.py", "--data", touch(tmp_path, {"Aves": 9, "Fungi": 2}))
+
+
+@pytest.mark.skipif(os.name == "nt" or getattr(os, "geteuid", lambda: 1)() == 0, reason="needs a user whom permissions bind")
+def test_unreadable_class_folder_is_named(tmp_path, refused):
+    touch(tmp_path, {"Aves": 9, "Fungi": 9})
+    (tmp_path / "train" / "Fungi").chmod(0)
+    assert "Fungi" in refused("dataset_split.py", "--data", tmp_path)
+    (tmp_path / "train" / "Fungi").chmod(0o755)
+
+
+@pytest.mark.parametrize("flags, part", [
+    (["--fraction", "0"], "outside (0, 1]"), (["--fraction", "1.01"], "outside (0, 1]"), (["--fraction", "nan"], "outside (0, 1]"),
+    (["--fraction", "half"], "not a number"), (["--val-fraction", "0"], "outside (0, 1)"), (["--val-fraction", "1"], "outside (0, 1)"),
+    (["--seed", "-1"], "outside"), (["--seed", "1.5"], "not a whole number"), (["--mode", "copy"], "--materialize"),
+    (["--frac", "0.5"], "--frac"), (["--mode", "move"], "'move'")])
+def test_wrong_options(data, refused, flags, part):
+    line = refused("dataset_split.py", "--data", data, *flags)
+    assert part in line and "--help" in line
+
+
+def test_manifest_that_cannot_be_written(data, tmp_path, refused):
+    (tmp_path / "file").touch()
+    assert "can't be written" in refused("dataset_split.py", "--data", data, "--out", tmp_path / "file" / "s.json")
+
+
+def good_manifest(photos):
+    return ds.split(photos, 1.0, 0.2, 0)
+
+
+@pytest.mark.parametrize("spoil, part", [
+    (lambda m: m["train"].append("Aves/gone.jpg"), "'Aves/gone.jpg'"),
+    (lambda m: m["train"].append("../../etc/passwd"), "not there"),
+    (lambda m: m["val"].append(m["train"][0]), "more than once"),
+    (lambda m: m["classes"].append("Zebra"), "'Zebra'"),
+    (lambda m: m["classes"].remove("Fungi"), "only the data has 'Fungi'"),
+    (lambda m: m["classes"].reverse(), "another order"),
+    (lambda m: m.update(format=99), "format 99"),
+    (lambda m: m.update(train="all"), "not a manifest"),
+    (lambda m: m["val"].append(5), "something else than names"),
+    (lambda m: m["val"].clear(), "no validation photos"),
+    (lambda m: m.update(train=[p for p in m["train"] if "Fungi" not in p]), "no training photos of 'Fungi'"),
+    (lambda m: m.pop("seed"), "seed")])
+def test_manifest_that_does_not_fit_the_data(data, tmp_path, spoil, part):
+    photos = ds.list_photos(data / "train")
+    manifest = good_manifest(photos)
+    (tmp_path / "good.json").write_text(json.dumps(manifest))
+    assert ds.read_manifest(tmp_path / "good.json", photos) == manifest
+    spoil(manifest)
+    (tmp_path / "bad.json").write_text(json.dumps(manifest))
+    with pytest.raises(ds.InputError) as caught:
+        ds.read_manifest(tmp_path / "bad.json", photos)
+    assert part in str(caught.value) and "bad.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[1, 2]", b"{", b"[" * 100_000, b"null"])
+def test_file_that_is_no_manifest(data, tmp_path, content):
+    (tmp_path / "bad.json").write_bytes(content)
+    with pytest.raises(ds.InputError, match="is not"):
+        ds.read_manifest(tmp_path / "bad.json", ds.list_photos(data / "train"))
+
+
+def test_missing_manifest(data, tmp_path):
+    with pytest.raises(ds.InputError, match="can't be read"):
+        ds.read_manifest(tmp_path / "none.json", ds.list_photos(data / "train"))
+
+
+def test_interruption_has_its_own_exit_code(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+    assert ds.run(interrupted) == 130 and "interrupted" in capsys.readouterr().err
