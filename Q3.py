@@ -343,7 +343,7 @@ def build_optimizer(network: nn.Module, lr_head: float, lr_backbone: float) -> t
 # Epochs
 # ---------------------------------------------------------------------------------------------------------------------
 
-def train_epoch(model: nn.Module, steps, count: int, optimizer, scaler, autocast) -> tuple[float, float]:
+def train_epoch(model: nn.Module, steps, optimizer, scaler, autocast) -> tuple[float, float]:
     """One pass over the training photos.
 
     Returns:
@@ -351,7 +351,7 @@ def train_epoch(model: nn.Module, steps, count: int, optimizer, scaler, autocast
         behind what it can do at the end of the epoch).
     """
     model.train()
-    loss_sum, correct = 0.0, 0
+    loss_sum, correct, count = 0.0, 0, 0
     for images, labels in steps:
         with autocast:
             logits = model(images)
@@ -362,6 +362,7 @@ def train_epoch(model: nn.Module, steps, count: int, optimizer, scaler, autocast
         scaler.update()
         loss_sum += losses.detach().sum()
         correct += (logits.argmax(1) == labels).sum()
+        count += len(labels)
     return float(loss_sum) / count, float(correct) / count
 
 
@@ -563,7 +564,7 @@ def main(args: argparse.Namespace) -> None:
         order = in_train[epoch_order(len(train), args.seed, epoch)]
         progress = tqdm(batches(pixels, labels, order, args.batch_size, device), desc=f"epoch {epoch}/{args.epochs}",
                         total=steps, unit=" steps", leave=False, disable=None)
-        train_loss, train_acc = train_epoch(model, progress, len(train), optimizer, scaler, autocast)
+        train_loss, train_acc = train_epoch(model, progress, optimizer, scaler, autocast)
         train_seconds = time.perf_counter() - start
         val_loss, val_acc = loss_and_accuracy(
             predict(model, batches(pixels, labels, in_val, args.batch_size, device), autocast), labels[in_val])

@@ -47,7 +47,7 @@ def find_data(folder: str | os.PathLike) -> Path:
     """
     folder = Path(folder)
     if not folder.exists() and folder.parent.is_dir():
-        namesakes = (other for other in folder.parent.iterdir() if other.name.lower() == folder.name.lower())
+        namesakes = (other for other in folder.parent.glob("*") if other.name.lower() == folder.name.lower())
         folder = next(namesakes, folder)
     if not folder.is_dir():
         raise InputError(f"no data folder {str(folder)!r} (looked in {Path.cwd()}): download {ARCHIVE} (3.8 GB) and "

@@ -188,7 +188,7 @@ def test_metrics_do_not_depend_on_the_batches():
     standing_still = torch.optim.SGD(model.parameters(), lr=0.0)
     for batch_size in (1, 3, 7, 22, 64):
         steps = lambda: Q3.batches(pixels, labels, torch.randperm(23), batch_size, CPU)  # noqa: E731, B023
-        assert Q3.train_epoch(model, steps(), 23, standing_still, torch.amp.GradScaler("cpu", enabled=False),
+        assert Q3.train_epoch(model, steps(), standing_still, torch.amp.GradScaler("cpu", enabled=False),
                               torch.autocast("cpu", enabled=False)) == pytest.approx(expected, abs=1e-5)
         logits = Q3.predict(model, Q3.batches(pixels, labels, torch.arange(23), batch_size, CPU), torch.autocast("cpu", enabled=False))
         assert Q3.loss_and_accuracy(logits, labels) == pytest.approx(expected, abs=1e-5)

@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""What each freezing depth costs for ResNet50: the table of Q2.md.
+
+    python tests/benchmark_freezing.py
+
+It counts rather than measures, so the figures are the same on every machine.
+
+Parameters are those that learn. Arithmetic is billions of floating-point operations (a multiply-add is two) for one
+photo in one training step, forward and backward, counted by torch.utils.flop_counter. Activations are what autograd
+keeps of one photo for the backward pass. Optimiser memory is a gradient and Adam's two averages for every parameter
+that learns. Everything is float32.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from Q3 import FineTuned, build_network, parameter_counts  # noqa: E402
+
+LEARNING = {9: "fc", 7: "layer4, fc", 6: "layer3, layer4, fc", 5: "layer2 to fc", 4: "layer1 to fc", 0: "everything"}
+
+
+def measure(freeze: int, size: int, batch: int = 4) -> tuple[int, float, float]:
+    """Trainable parameters, and GFLOP and bytes of kept activations a photo, of one training step."""
+    network = build_network("none", 10)
+    model = FineTuned(network, freeze).train()
+    images, labels = torch.randn(batch, 3, size, size), torch.arange(batch)
+
+    own = {tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    kept = {}  # address: bytes; a tensor that two operations keep counts once
+
+    def keep(tensor):
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+    return parameter_counts(network)["trainable_parameters"], counter.get_total_flops() / batch / 1e9, sum(kept.values()) / batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image-size", type=int, default=224, metavar="N", help="(default: 224)")
+    args = parser.parse_args()
+
+    print("| Frozen children | Learning | Parameters | GFLOP a photo | Activations a photo | Optimiser memory |")
+    print("|-:|-|-:|-:|-:|-:|")
+    for freeze, learning in LEARNING.items():
+        parameters, gflop, activations = measure(freeze, args.image_size)
+        print(f"| {freeze} | {learning} | {parameters:,} | {gflop:.1f} | {activations / 1e6:.1f} MB | {parameters * 12 / 1e6:.0f} MB |")
+
+
+if __name__ == "__main__":
+    main()

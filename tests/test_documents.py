@@ -1,0 +1,37 @@
+"""The documents: links that point at what they name, and commands and options that exist."""
+
+import re
+import shlex
+
+import pytest
+
+import dataset_split
+import Q3
+from conftest import ROOT
+
+DOCUMENTS = ("README.md", "Q1.md", "Q2.md")
+PARSERS = {"Q3.py": Q3.get_args_parser(), "dataset_split.py": dataset_split.get_args_parser()}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_to_the_lines_they_name(document):
+    for name, file, line in re.findall(r"\[`([^`]+)`\]\(([\w./]+)#L(\d+)\)", (ROOT / document).read_text()):
+        assert name in (ROOT / file).read_text().splitlines()[int(line) - 1], f"{name} is not in line {line} of {file}"
+    for target in re.findall(r"\]\(([\w./]+)[#)]", (ROOT / document).read_text()):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_command_of_the_readme_is_one_the_scripts_accept():
+    commands = re.findall(r"python (Q3\.py|dataset_split\.py)( [^#\n`;&]*)?", (ROOT / "README.md").read_text())
+    assert len(commands) > 12
+    for script, rest in commands:
+        words = shlex.split(re.split(r"   +", rest.strip())[0])
+        if "--help" not in words:
+            PARSERS[script].parse_args(words)
+
+
+def test_every_option_that_the_documents_name_exists():
+    known = {flag for parser in PARSERS.values() for action in parser._actions for flag in action.option_strings}
+    for document in DOCUMENTS:
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / document).read_text()))
+        assert named <= known, named - known
