@@ -20,18 +20,16 @@ import json
 import math
 import os
 import platform
-import shutil
-import signal
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from dataset_split import (InputError, Parser, add_split_options, differences, find_data, labelled, list_photos, number,
-                           read_manifest, run, split, whole_file, write_manifest)
+from dataset_split import (InputError, Parser, add_split_options, atomic_write, differences, find_data, labelled,
+                           list_photos, number, read_manifest, run, split, write_manifest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,8 +48,8 @@ def get_args_parser() -> Parser:
                        help="a manifest that dataset_split.py wrote, instead of --fraction and --val-fraction")
     group.add_argument("--image-size", type=number(int, 32, 4096), default=224, metavar="N",
                        help="photos are resized to N x N pixels (default: 224)")
-    group.add_argument("--workers", type=number(int, 1, 61), metavar="N",
-                       help="processes that decode photos (default: one for each core)")
+    group.add_argument("--workers", type=number(int, 1, 1024), metavar="N",
+                       help="threads that decode photos (default: one for each core)")
 
     group = parser.add_argument_group("network")
     group.add_argument("--weights", default="IMAGENET1K_V2", metavar="SPEC",
@@ -65,7 +63,7 @@ def get_args_parser() -> Parser:
     group.add_argument("--recipe", choices=("tuned", "reference"), default="tuned",
                        help="reference: plain Adam, photos squashed to a square, constant learning rates; tuned: what "
                             "measured best, which is still the reference recipe (default: tuned)")
-    group.add_argument("--epochs", type=number(int, 1, 10**6), default=5, metavar="N", help="(default: 5)")
+    group.add_argument("--epochs", type=number(int, 1, 10**6), default=5, metavar="N", help="passes over the training photos (default: 5)")
     group.add_argument("--batch-size", type=number(int, 1, 10**6), default=64, metavar="N",
                        help="photos a step at most; an epoch's steps share its photos evenly (default: 64)")
     group.add_argument("--lr-head", type=number(float, 0, 100, open_low=True), default=1e-3, metavar="LR",
@@ -87,9 +85,11 @@ def get_args_parser() -> Parser:
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = get_args_parser()
-    args = parser.parse_args(argv)
-    if args.split and (args.fraction, args.val_fraction) != (parser.get_default("fraction"), parser.get_default("val_fraction")):
+    args = parser.parse_args(argv, argparse.Namespace(fraction=None, val_fraction=None))
+    if args.split and (args.fraction or args.val_fraction):
         parser.error("--split FILE takes the place of --fraction and --val-fraction: give one or the other")
+    args.fraction = args.fraction or parser.get_default("fraction")
+    args.val_fraction = args.val_fraction or parser.get_default("val_fraction")
     if args.image_size == 32 and args.batch_size <= 2 and args.freeze < 8:
         parser.error(f"--batch-size {args.batch_size} with --image-size 32 can leave layer4's BatchNorm a single value to "
                      "take the mean of: raise one of them")
@@ -99,14 +99,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     args = get_args()  # a mistyped option and --help are answered here, before the seconds that torch takes to load
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torchvision  # noqa: E402
-from PIL import Image, ImageOps, UnidentifiedImageError  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-from torchvision.models import ResNet50_Weights, resnet50  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, UnidentifiedImageError
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import ResNet50_Weights, resnet50
+from tqdm import tqdm
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue, in [0, 1]
 CHECKPOINT_FORMAT = 1
@@ -150,7 +150,8 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
         return torch.float16 if torch.cuda.get_device_capability() >= (7, 0) else torch.float32
     if device.type == "cpu":
         has = torch.cpu.get_capabilities()
-        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16") else torch.float32
+        if torch.backends.mkldnn.is_available() and (has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16")):
+            return torch.bfloat16
     return torch.float32
 
 
@@ -164,6 +165,11 @@ def layout(device: torch.device) -> torch.memory_format:
 # Photos: files -> uint8 pixels, once -> normalised batches on the device
 # ---------------------------------------------------------------------------------------------------------------------
 
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}  # what undoes each value of EXIF's orientation tag, 0x0112
+
+
 def read_photo(file: Path, size: int) -> np.ndarray:
     """A photo as the network sees it: upright, RGB, squashed to a square.
 
@@ -175,19 +181,30 @@ def read_photo(file: Path, size: int) -> np.ndarray:
     """
     try:
         with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)
+            turn = UPRIGHT.get(orientation(image))
             if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
                 image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-            image.info.pop("transparency", None)
-            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+            image = image.convert("RGB")
+            image = image if turn is None else image.transpose(turn)
+            return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
     except UnidentifiedImageError:
-        raise InputError(f"{str(file)!r} is no photo, whatever its name says: replace or remove it") from None
+        raise InputError(f"'{file}' is no photo, whatever its name says: replace or remove it") from None
     except Exception as error:  # for damaged files Pillow raises nearly anything: OSError, SyntaxError, struct.error ...
-        raise InputError(f"photo {str(file)!r} can't be read ({first_line(error)}): replace or remove it") from None
+        raise InputError(f"photo '{file}' can't be read ({first_line(error)}): replace or remove it") from None
+
+
+def orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # a photo with damaged EXIF data is still a photo
+        return 1
 
 
 def decode(files: list[Path], size: int, workers: int, folder: Path) -> torch.Tensor:
-    """Decode every photo once, in several processes, into a file without a name that is gone with the run.
+    """Decode every photo once, in several threads, into a file without a name that is gone with the run.
+
+    Threads, because Pillow lets them run side by side: DECODE_FIGURES. Photos are handed out a few at a time, so that
+    what waits to be written stays small.
 
     Args:
         folder: where that file lies: it takes size * size * 3 bytes a photo, on disk rather than in memory.
@@ -198,34 +215,37 @@ def decode(files: list[Path], size: int, workers: int, folder: Path) -> torch.Te
     Raises:
         InputError: a photo can't be read, or the disk is full.
     """
-    ignore_ctrl_c = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))  # the parent answers it
-    pool = ProcessPoolExecutor(workers, **ignore_ctrl_c)
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of odd metadata; the pixels are fine
     try:
-        with tempfile.TemporaryFile(dir=folder) as store:
-            photos = pool.map(partial(read_photo, size=size), files, chunksize=16)
-            for pixels in tqdm(photos, desc="decoding", total=len(files), unit=" photos", leave=False, disable=None):
-                store.write(pixels)
+        with (tempfile.TemporaryFile(dir=folder) as store, ThreadPoolExecutor(workers) as pool,
+              tqdm(desc="decoding", total=len(files), unit=" photos", leave=False, disable=None) as progress):
+            for start in range(0, len(files), 256):
+                for pixels in pool.map(partial(read_photo, size=size), files[start:start + 256]):
+                    store.write(pixels)
+                    progress.update()
             store.flush()
             return torch.from_numpy(np.memmap(store, np.uint8, "r+", shape=(len(files), size, size, 3)))
-    except BrokenProcessPool:
-        raise InputError(f"a decoding process was killed, perhaps for want of memory: try fewer than --workers {workers}") from None
     except OSError as error:
-        raise InputError(f"no room for the decoded photos in {str(folder)!r} ({error.strerror}): {len(files):,} photos "
-                         f"take {len(files) * size * size * 3 / 1e6:,.0f} MB. Choose another disk with --out") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+        raise InputError(f"the decoded photos can't be kept in '{folder}' ({error.strerror}): {len(files):,} of them take "
+                         f"{len(files) * size * size * 3 / 1e6:,.0f} MB. --out chooses another disk") from None
 
 
-def batches(pixels: torch.Tensor, labels: torch.Tensor, order: torch.Tensor, batch_size: int, device: torch.device):
+def batches(pixels: torch.Tensor, labels: torch.Tensor, order: torch.Tensor, batch_size: int, device: torch.device, title: str):
     """Go once through the photos in the given order, in steps of at most `batch_size`, all of nearly the same size
     (65 photos make 33 + 32 rather than 64 + 1: one photo alone is a poor gradient, and no BatchNorm statistics).
+
+    Args:
+        pixels: uint8 (photos, size, size, 3).
+        order: int64, the rows of `pixels` and `labels` to go through.
+        title: what the progress bar says, where standard error is a terminal.
 
     Yields:
         Normalised photos, float32 (batch, 3, size, size), and labels, int64 (batch,).
     """
     mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
     std = torch.tensor(STD, device=device).view(3, 1, 1)
-    for rows in order.tensor_split(math.ceil(len(order) / batch_size)):
+    steps = order.tensor_split(math.ceil(len(order) / batch_size))
+    for rows in tqdm(steps, desc=title, unit=" steps", leave=False, disable=None):
         images = pixels[rows].to(device).permute(0, 3, 1, 2).float() / 255
         yield ((images - mean) / std).contiguous(memory_format=layout(device)), labels[rows].to(device)
 
@@ -257,12 +277,12 @@ def initial_state(spec: str) -> dict[str, torch.Tensor] | None:
         except Exception as error:  # no network, a broken transfer, a wrong hash, a full disk
             raise InputError(f"--weights {spec} can't be fetched ({first_line(error)}): download {weights.url} into "
                              f"{torch.hub.get_dir()}/checkpoints, or anywhere and give --weights PATH") from None
-    if not Path(spec).is_file():
-        raise InputError(f"--weights {spec!r} is no file, nor one of {', '.join(member.name for member in ResNet50_Weights)}, none")
+    if not os.path.isfile(spec):
+        raise InputError(f"--weights '{spec}' is no file, nor one of {', '.join(member.name for member in ResNet50_Weights)}, none")
     try:
         return torch.load(spec, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"--weights {spec!r} is not a state dict that torch.load(weights_only=True) reads "
+        raise InputError(f"--weights '{spec}' is not a state dict that torch.load(weights_only=True) reads "
                          f"({first_line(error)}): save one with torch.save(model.state_dict(), PATH)") from None
 
 
@@ -277,43 +297,56 @@ def build_network(spec: str, classes: int) -> nn.Module:
     state = initial_state(spec)
     network = resnet50(weights=None)
     if state is not None:
-        if isinstance(state, dict) and isinstance(state.get("model"), dict):
-            state = state["model"]  # a checkpoint of this script, or of torchvision's references
-        check_state(state, network.state_dict(), spec)
-        network.load_state_dict({name: value for name, value in state.items() if not name.startswith("fc.")}, strict=False)
+        network.load_state_dict(backbone_state(state, network, spec), strict=False)
     network.fc = nn.Linear(network.fc.in_features, classes)
     return network
 
 
-def check_state(state, expected: dict[str, torch.Tensor], spec: str) -> None:
-    """Raise InputError, with what differs, unless `state` fits the network (but for fc, which is replaced anyway)."""
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"--weights {spec!r} holds no state dict (names and tensors), but a {type(state).__name__}")
-    needed = {name: tuple(value.shape) for name, value in expected.items()
-              if not name.startswith("fc.") and not name.endswith("num_batches_tracked")}  # old files lack the counters
-    given = {name: tuple(value.shape) for name, value in state.items()
-             if not name.startswith("fc.") and not name.endswith("num_batches_tracked")}
-    if needed.keys() != given.keys():
-        raise InputError(f"--weights {spec!r} is another network's than ResNet50: "
+def backbone_state(state, network: nn.Module, spec: str) -> dict[str, torch.Tensor]:
+    """All of a state dict that training starts from: not fc, which is replaced, nor BatchNorm's counts of batches.
+
+    Raises:
+        InputError: with what differs, if it is no state dict, or another network's.
+    """
+    for wrapper in ("model", "state_dict"):  # checkpoints of this script and of many others
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, torch.Tensor)
+                                              for key, value in state.items()):
+        raise InputError(f"--weights '{spec}' holds no state dict (names and tensors), but a {type(state).__name__}")
+
+    def relevant(tensors):
+        return {name: value for name, value in tensors.items() if not name.startswith("fc.") and "num_batches" not in name}
+
+    given, needed = relevant(state), relevant(network.state_dict())
+    if given.keys() != needed.keys():
+        raise InputError(f"--weights '{spec}' is another network's than ResNet50: "
                          f"{differences(given, needed, 'the file', 'ResNet50')}")
-    for name in needed:
-        if needed[name] != given[name]:
-            raise InputError(f"--weights {spec!r} is another network's than ResNet50: {name} is {given[name]} in the "
-                             f"file and {needed[name]} in ResNet50")
+    for name, value in needed.items():
+        if given[name].shape != value.shape:
+            raise InputError(f"--weights '{spec}' is another network's than ResNet50: {name} is {tuple(given[name].shape)} "
+                             f"in the file and {tuple(value.shape)} in ResNet50")
+    return given
 
 
 class FineTuned(nn.Module):
-    """A network cut in two: a trunk that is frozen and the rest, which learns.
+    """A ResNet cut in three: a trunk that is frozen, a backbone that learns slowly, a head that learns fast.
 
     Frozen means more than "no gradients": BatchNorm in train mode goes on averaging the statistics of every batch, so
-    the trunk stays in eval mode whatever mode the rest is in.
+    the trunk stays in eval mode whatever mode the others are in.
     """
 
-    def __init__(self, network: nn.Module, freeze: int):
+    def __init__(self, network: nn.Module, freeze: int, precision: torch.dtype = torch.float32):
         super().__init__()
-        *children, head = network.children()
+        self.network = network  # the same layers under torchvision's names, for checkpoints
+        *children, self.head = network.children()
         self.trunk = nn.Sequential(*children[:freeze]).requires_grad_(False)
-        self.rest = nn.Sequential(*children[freeze:], nn.Flatten(), head)
+        self.backbone = nn.Sequential(*children[freeze:])
+        self.precision = precision
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -321,29 +354,29 @@ class FineTuned(nn.Module):
         return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Photos (batch, 3, size, size) -> logits (batch, classes)."""
-        with torch.no_grad():
-            features = self.trunk(images)  # (batch, 512, size / 8, size / 8) behind six children
-        return self.rest(features)
+        """Photos (batch, 3, size, size) -> logits, float32 (batch, classes)."""
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            with torch.no_grad():
+                maps = self.trunk(images)  # (batch, 512, size / 8, size / 8) behind six children
+            features = self.backbone(maps).flatten(1)  # (batch, 2048)
+            return self.head(features).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The optimiser: a fast head, a slow backbone
 # ---------------------------------------------------------------------------------------------------------------------
 
-def build_optimizer(network: nn.Module, lr_head: float, lr_backbone: float) -> torch.optim.Optimizer:
-    """Adam over exactly the parameters that learn: fc in one group, every other unfrozen layer in the other."""
-    head = set(network.fc.parameters())
-    backbone = [parameter for parameter in network.parameters() if parameter.requires_grad and parameter not in head]
-    return torch.optim.Adam([{"params": list(network.fc.parameters()), "lr": lr_head},
-                             {"params": backbone, "lr": lr_backbone}])
+def build_optimizer(model: FineTuned, lr_head: float, lr_backbone: float) -> torch.optim.Optimizer:
+    """Adam over exactly the parameters that learn, in two groups: the head's and the backbone's."""
+    return torch.optim.Adam([{"params": list(model.head.parameters()), "lr": lr_head},
+                             {"params": list(model.backbone.parameters()), "lr": lr_backbone}])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Epochs
 # ---------------------------------------------------------------------------------------------------------------------
 
-def train_epoch(model: nn.Module, steps, optimizer, scaler, autocast) -> tuple[float, float]:
+def train_epoch(model: nn.Module, loader, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> tuple[float, float]:
     """One pass over the training photos.
 
     Returns:
@@ -352,10 +385,9 @@ def train_epoch(model: nn.Module, steps, optimizer, scaler, autocast) -> tuple[f
     """
     model.train()
     loss_sum, correct, count = 0.0, 0, 0
-    for images, labels in steps:
-        with autocast:
-            logits = model(images)
-        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    for images, labels in loader:
+        logits = model(images)
+        losses = F.cross_entropy(logits, labels, reduction="none")
         optimizer.zero_grad()
         scaler.scale(losses.mean()).backward()
         scaler.step(optimizer)
@@ -367,14 +399,10 @@ def train_epoch(model: nn.Module, steps, optimizer, scaler, autocast) -> tuple[f
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, steps, autocast) -> torch.Tensor:
+def predict(model: nn.Module, loader) -> torch.Tensor:
     """Logits of every photo, float32 (photos, classes), on the CPU."""
     model.eval()
-    logits = []
-    for images, _ in steps:
-        with autocast:
-            logits.append(model(images).float())
-    return torch.cat(logits).cpu()
+    return torch.cat([model(images) for images, _ in loader]).cpu()
 
 
 def loss_and_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
@@ -426,6 +454,9 @@ def print_report(report: dict) -> None:
 # The run's folder
 # ---------------------------------------------------------------------------------------------------------------------
 
+RUN_FILES = ("config.json", "split.json", "history.csv", "last.pt", "best.pt", "test.json", "predictions.csv")
+
+
 def claim_folder(out: Path | None) -> Path:
     """Make the run's folder: `out`, or runs/<date-time> where that is None.
 
@@ -433,20 +464,27 @@ def claim_folder(out: Path | None) -> Path:
         InputError: it can't be made or written to, or it holds a run already.
     """
     try:
-        while out is None:
-            try:
-                now = Path("runs", time.strftime("%Y-%m-%d_%H-%M-%S"))
-                now.mkdir(parents=True)
-                out = now
-            except FileExistsError:  # a run that started in this very second
-                time.sleep(1)
+        if out is None:
+            out = new_folder(Path("runs"))
         out.mkdir(parents=True, exist_ok=True)
-        if any((out / name).exists() for name in ("config.json", "history.csv", "last.pt", "best.pt", "test.json")):
-            raise InputError(f"--out {str(out)!r} already holds a run: give another folder, or move that one away")
+        if any((out / name).exists() for name in RUN_FILES):
+            raise InputError(f"--out '{out}' already holds a run: give another folder, or move that one away")
         tempfile.TemporaryFile(dir=out).close()
         return out
     except OSError as error:
-        raise InputError(f"--out {str(out or 'runs')!r} can't be written to: {error.strerror}") from None
+        raise InputError(f"--out '{out or 'runs'}' can't be written to: {error.strerror}") from None
+
+
+def new_folder(parent: Path) -> Path:
+    """A folder that is named after this second; the next one, if another run has taken it."""
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        folder = parent / time.strftime("%Y-%m-%d_%H-%M-%S")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            time.sleep(0.2)
 
 
 def machine(device: torch.device, precision: torch.dtype) -> dict:
@@ -465,8 +503,21 @@ def parameter_counts(network: nn.Module) -> dict:
     return {"trainable_parameters": counts[True], "frozen_parameters": counts[False]}
 
 
+def print_banner(config: dict) -> None:
+    options, photos = config["options"], config["photos"]
+    steps = math.ceil(photos["train"] / options["batch_size"])
+    print(f"Photos      {photos['train']:,} training, {photos['val']:,} validation, {photos['test']:,} test; "
+          f"{len(config['classes'])} classes ({options['data']})\n"
+          f"Network     ResNet50 from {options['weights']}, {options['image_size']} x {options['image_size']} pixels\n"
+          f"Parameters  {config['trainable_parameters']:,} trainable, {config['frozen_parameters']:,} frozen "
+          f"(the first {options['freeze']} of 10 children)\n"
+          f"Device      {config['device']} ({config['device_name']}), {config['precision']}\n"
+          f"Steps       {steps} an epoch, {steps * options['epochs']:,} in {options['epochs']} epochs\n"
+          f"Results     {options['out']}\n", flush=True)
+
+
 def write_json(file: Path, value) -> None:
-    with whole_file(file) as stream:
+    with atomic_write(file) as stream:
         stream.write((json.dumps(value, indent=1) + "\n").encode())
 
 
@@ -475,43 +526,41 @@ def write_csv(file: Path, rows: list[dict]) -> None:
     table = csv.DictWriter(text, rows[0])
     table.writeheader()
     table.writerows(rows)
-    with whole_file(file) as stream:
+    with atomic_write(file) as stream:
         stream.write(text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def on_cpu(value):
-    """The same nest of dicts, lists and plain values, its tensors on the CPU, where every machine can load them."""
+    """The same nest of dicts and lists, its tensors on the CPU, where every machine can load them."""
     if isinstance(value, torch.Tensor):
         return value.cpu().contiguous()
     if isinstance(value, dict):
         return {key: on_cpu(inner) for key, inner in value.items()}
-    return [on_cpu(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+    return [on_cpu(inner) for inner in value] if isinstance(value, list) else value
 
 
-def save_checkpoint(out: Path, checkpoint: dict, is_best: bool) -> None:
-    """Write last.pt and, for the best epoch so far, best.pt: the same file under a second name."""
-    with whole_file(out / "last.pt") as stream:
+def save_checkpoint(file: Path, checkpoint: dict) -> None:
+    with atomic_write(file) as stream:
         torch.save(on_cpu(checkpoint), stream)
-    if is_best:
-        aside = out / "best.pt.tmp"
-        try:
-            os.link(out / "last.pt", aside)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(out / "last.pt", aside)
-        os.replace(aside, out / "best.pt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The job
 # ---------------------------------------------------------------------------------------------------------------------
 
-def main(args: argparse.Namespace) -> None:
-    # Photos and split: which file is in which part, with which label. The test folder is only listed here.
-    data = find_data(args.data)
+def load_split(args: argparse.Namespace) -> tuple[dict, dict[str, list[tuple[Path, int]]]]:
+    """The manifest, and the (file, label) pairs of "train", "val" and "test". No photo is opened.
+
+    Raises:
+        InputError: folders, photos or a manifest that can't be used.
+    """
+    data = args.data = find_data(args.data)
     photos = list_photos(data / "train")
+    if not os.path.isdir(data / "val"):
+        raise InputError(f"no val/ in the data folder '{data}': the test photos are expected as {data}/val/<Class>/<photo>.jpg")
     test_photos = list_photos(data / "val")
     if test_photos.keys() != photos.keys():
-        raise InputError(f"{str(data / 'train')!r} and {str(data / 'val')!r} have different classes: "
+        raise InputError(f"'{data / 'train'}' and '{data / 'val'}' have different classes: "
                          f"{differences(photos, test_photos, 'train', 'val')}")
     if args.split:
         manifest = read_manifest(args.split, photos)
@@ -519,85 +568,98 @@ def main(args: argparse.Namespace) -> None:
     else:
         manifest = split(photos, args.fraction, args.val_fraction, args.seed)
     classes = manifest["classes"]
-    train = labelled(data / "train", manifest["train"], classes)
-    val = labelled(data / "train", manifest["val"], classes)
-    test = labelled(data / "val", [path for paths in test_photos.values() for path in paths], classes)
+    return manifest, {"train": labelled(data / "train", manifest["train"], classes),
+                      "val": labelled(data / "train", manifest["val"], classes),
+                      "test": labelled(data / "val", [path for paths in test_photos.values() for path in paths], classes)}
 
-    # Network and optimiser.
-    device = pick_device(args.device)
-    precision = pick_precision(args.amp, device)
-    torch.manual_seed(args.seed)  # for the first weights of fc
-    network = build_network(args.weights, len(classes)).to(device, memory_format=layout(device))
-    model = FineTuned(network, args.freeze)
-    optimizer = build_optimizer(network, args.lr_head, args.lr_backbone)
-    autocast = torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    torch.backends.cudnn.deterministic = True  # the same seed, the same run
 
-    # What is going to happen, on the screen and in the run's folder.
-    args.out = claim_folder(args.out)
-    args.workers = args.workers or min(61, torch.get_num_threads())  # Windows allows 61
-    config = {"options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-              "classes": classes, "photos": {"train": len(train), "val": len(val), "test": len(test)},
-              **machine(device, precision), **parameter_counts(network)}
-    steps = math.ceil(len(train) / args.batch_size)
-    print(f"Photos      {len(train):,} training, {len(val):,} validation, {len(test):,} test; {len(classes)} classes ({data})\n"
-          f"Network     ResNet50 from {args.weights}, {args.image_size} x {args.image_size} pixels\n"
-          f"Parameters  {config['trainable_parameters']:,} trainable, {config['frozen_parameters']:,} frozen "
-          f"(the first {args.freeze} of 10 children)\n"
-          f"Device      {config['device']} ({config['device_name']}), {config['precision']}\n"
-          f"Steps       {steps} an epoch, {args.epochs * steps:,} in {args.epochs} epochs\n"
-          f"Results     {args.out}\n", flush=True)
-
-    # Pixels of the training and validation photos, decoded once.
+def fit(model: FineTuned, manifest: dict, parts: dict, args: argparse.Namespace, config: dict) -> None:
+    """Train, and after each epoch print its row and write last.pt, history.csv and, if it is the best so far, best.pt."""
+    train, val = parts["train"], parts["val"]
     pixels = decode([file for file, _ in train + val], args.image_size, args.workers, args.out)
     labels = torch.tensor([label for _, label in train + val])
     in_train, in_val = torch.arange(len(labels)).split([len(train), len(val)])
-    write_json(args.out / "config.json", config)
+    write_json(args.out / "config.json", config)  # from here on the folder holds a run
     write_manifest(manifest, args.out / "split.json")
 
-    # Epochs.
-    print("Epoch | Train Loss | Train Acc | Val Loss | Val Acc")
+    optimizer = build_optimizer(model, args.lr_head, args.lr_backbone)
+    scaler = torch.amp.GradScaler(model.device.type, enabled=model.precision == torch.float16)
+    print("Epoch | Train Loss | Train Acc | Val Loss | Val Acc", flush=True)
     history, best = [], None
     for epoch in range(1, args.epochs + 1):
         start = time.perf_counter()
         order = in_train[epoch_order(len(train), args.seed, epoch)]
-        progress = tqdm(batches(pixels, labels, order, args.batch_size, device), desc=f"epoch {epoch}/{args.epochs}",
-                        total=steps, unit=" steps", leave=False, disable=None)
-        train_loss, train_acc = train_epoch(model, progress, optimizer, scaler, autocast)
+        loader = batches(pixels, labels, order, args.batch_size, model.device, f"epoch {epoch}/{args.epochs}")
+        train_loss, train_acc = train_epoch(model, loader, optimizer, scaler)
         train_seconds = time.perf_counter() - start
-        val_loss, val_acc = loss_and_accuracy(
-            predict(model, batches(pixels, labels, in_val, args.batch_size, device), autocast), labels[in_val])
+        loader = batches(pixels, labels, in_val, args.batch_size, model.device, "validation")
+        val_loss, val_acc = loss_and_accuracy(predict(model, loader), labels[in_val])
         print(f"{epoch:5} | {train_loss:10.4f} | {train_acc:9.4f} | {val_loss:8.4f} | {val_acc:7.4f}", flush=True)
+        if not math.isfinite(train_loss + val_loss):
+            raise InputError(f"the loss of epoch {epoch} is not a finite number: lower --lr-head and --lr-backbone, or try "
+                             f"--amp off. Files of earlier epochs are in '{args.out}'")
 
         history.append({"epoch": epoch, "train_loss": train_loss, "train_acc": train_acc, "val_loss": val_loss,
                         "val_acc": val_acc, "lr_head": args.lr_head, "lr_backbone": args.lr_backbone,
                         "seconds": time.perf_counter() - start, "images_per_second": len(train) / train_seconds})
-        is_best = best is None or (val_acc, -val_loss) > (best["val_acc"], -best["val_loss"])
-        best = history[-1] if is_best else best
+        checkpoint = {"format": CHECKPOINT_FORMAT, "architecture": "resnet50", "model": model.network.state_dict(),
+                      "classes": config["classes"], "preprocessing": config["preprocessing"], "options": config["options"],
+                      "epoch": epoch, "history": history, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        save_checkpoint(args.out / "last.pt", checkpoint)
+        if best is None or (val_acc, -val_loss) > (best["val_acc"], -best["val_loss"]):
+            best = history[-1]
+            save_checkpoint(args.out / "best.pt", checkpoint)
         write_csv(args.out / "history.csv", history)
-        save_checkpoint(args.out, {
-            "format": CHECKPOINT_FORMAT, "architecture": "resnet50", "model": network.state_dict(), "classes": classes,
-            "preprocessing": {"image_size": args.image_size, "resize": "squash", "interpolation": "bilinear",
-                              "mean": MEAN, "std": STD},
-            "options": config["options"], "epoch": epoch, "history": history,
-            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, is_best)
 
-    # The best epoch is tested once, on photos that nothing has looked at so far.
-    network.load_state_dict(torch.load(args.out / "best.pt", map_location=device, weights_only=True)["model"])
+
+def test(model: FineTuned, photos: list[tuple[Path, int]], args: argparse.Namespace) -> None:
+    """Score best.pt on the test photos, which nothing has opened so far; write test.json and predictions.csv."""
+    checkpoint = torch.load(args.out / "best.pt", map_location=model.device, weights_only=True)
+    model.network.load_state_dict(checkpoint["model"])
+    classes = checkpoint["classes"]
     try:
-        pixels = decode([file for file, _ in test], args.image_size, args.workers, args.out)
+        pixels = decode([file for file, _ in photos], args.image_size, args.workers, args.out)
     except InputError as error:
-        raise InputError(f"{error}. Training is done, and its best epoch is safe in {args.out / 'best.pt'}") from None
-    labels = torch.tensor([label for _, label in test])
-    logits = predict(model, batches(pixels, labels, torch.arange(len(test)), args.batch_size, device), autocast)
-    report = {"epoch": best["epoch"], **test_report(logits, labels, classes)}
-    print_report(report)
+        raise InputError(f"{error}. Training is done, and its best epoch is safe in '{args.out / 'best.pt'}'") from None
+    labels = torch.tensor([label for _, label in photos])
+    logits = predict(model, batches(pixels, labels, torch.arange(len(photos)), args.batch_size, model.device, "test"))
+
+    report = {"epoch": checkpoint["epoch"], **test_report(logits, labels, classes)}
     write_json(args.out / "test.json", report)
     confidence, predicted = logits.softmax(1).max(1)
     write_csv(args.out / "predictions.csv", [
-        {"path": file.relative_to(data / "val").as_posix(), "label": classes[label], "predicted": classes[guess],
-         "confidence": f"{share:.6f}"} for (file, label), guess, share in zip(test, predicted.tolist(), confidence.tolist())])
+        {"path": file.relative_to(args.data / "val").as_posix(), "label": classes[label],
+         "predicted": classes[guess], "confidence": f"{share:.6f}"}
+        for (file, label), guess, share in zip(photos, predicted.tolist(), confidence.tolist())])
+    print_report(report)
+
+
+def main(args: argparse.Namespace) -> None:
+    # Photos and split: which file is in which part, with which label.
+    manifest, parts = load_split(args)
+    classes = manifest["classes"]
+
+    # Network and precision.
+    device = pick_device(args.device)
+    precision = pick_precision(args.amp, device)
+    torch.backends.cudnn.deterministic = True  # the same seed, the same run
+    torch.manual_seed(args.seed)  # for the first weights of fc
+    network = build_network(args.weights, len(classes)).to(device, memory_format=layout(device))
+    model = FineTuned(network, args.freeze, precision)
+
+    # What is going to happen, on the screen and in the run's folder.
+    args.out = claim_folder(args.out)
+    args.workers = args.workers or torch.get_num_threads()
+    config = {"options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+              "classes": classes, "photos": {part: len(photos) for part, photos in parts.items()},
+              "preprocessing": {"image_size": args.image_size, "resize": "squash", "interpolation": "bilinear",
+                                "mean": list(MEAN), "std": list(STD)},
+              **machine(device, precision), **parameter_counts(network)}
+    print_banner(config)
+
+    # Epochs, then the test of the best one.
+    fit(model, manifest, parts, args, config)
+    test(model, parts["test"], args)
     print(f"\nCheckpoints, history and predictions: {args.out}")
 
 

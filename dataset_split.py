@@ -40,20 +40,20 @@ class InputError(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def find_data(folder: str | os.PathLike) -> Path:
-    """The data folder as the disk spells it: the public archive unpacks to inaturalist_12K, most people type 12k.
+    """The data folder, whatever capitals it is typed in: the public archive unpacks to inaturalist_12K.
 
     Raises:
         InputError: there is no such folder, or no train/ in it.
     """
     folder = Path(folder)
-    if not folder.exists() and folder.parent.is_dir():
+    if not os.path.exists(folder):
         namesakes = (other for other in folder.parent.glob("*") if other.name.lower() == folder.name.lower())
         folder = next(namesakes, folder)
-    if not folder.is_dir():
-        raise InputError(f"no data folder {str(folder)!r} (looked in {Path.cwd()}): download {ARCHIVE} (3.8 GB) and "
+    if not os.path.isdir(folder):
+        raise InputError(f"no data folder '{folder}' (looked in {Path.cwd()}): download {ARCHIVE} (3.8 GB) and "
                          "unzip it here, or name your own folder with --data")
-    if not (folder / "train").is_dir():
-        raise InputError(f"no train/ in the data folder {str(folder)!r}: the photos are expected as "
+    if not os.path.isdir(folder / "train"):
+        raise InputError(f"no train/ in the data folder '{folder}': the photos are expected as "
                          f"{folder}/train/<Class>/<photo>.jpg")
     return folder
 
@@ -75,16 +75,16 @@ def list_photos(folder: Path) -> dict[str, list[str]]:
             classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
         if len(classes) < 2:
             found = f"one class folder only ({classes[0]!r})" if classes else "no class folders"
-            raise InputError(f"{found} in {str(folder)!r}: at least two are needed, each with the photos of one class")
+            raise InputError(f"{found} in '{folder}': at least two are needed, each with the photos of one class")
         files = {name: sorted(_visible_files(folder, name)) for name in classes}
     except OSError as error:
-        raise InputError(f"{str(error.filename or folder)!r} can't be listed: {error.strerror}") from None
+        raise InputError(f"'{error.filename or folder}' can't be listed: {error.strerror}") from None
 
     photos = {name: [path for path in files[name] if path.lower().endswith(PHOTO_ENDINGS)] for name in classes}
     for name in classes:
         if not photos[name]:
-            raise InputError(f"no photos in the class folder {str(folder / name)!r} ({', '.join(PHOTO_ENDINGS)}): "
-                             "add some, or remove the folder")
+            raise InputError(f"no photos in the class folder '{folder / name}' ({', '.join(PHOTO_ENDINGS)}): "
+                             "put some there, or take the class out of train/ and val/")
     others = [path for name in classes for path in files[name] if not path.lower().endswith(PHOTO_ENDINGS)]
     if others:
         print(f"left out: {len(others)} files of {folder} that are no photos by their ending, the first {others[0]!r}")
@@ -170,21 +170,23 @@ def write_manifest(manifest: dict, file: Path) -> None:
     """
     text = json.dumps(manifest, indent=1) + "\n"
     try:
-        if file.exists():
+        if os.path.exists(file):
             if file.read_bytes() != text.encode():
-                raise InputError(f"{str(file)!r} is there already and differs from the split just made (other photos "
+                raise InputError(f"'{file}' is there already and differs from the split just made (other photos "
                                  "or options): delete it, or name another file with --out")
             return
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{str(file)!r} can't be written: {error.strerror}") from None
-    with whole_file(file) as stream:
+        raise InputError(f"'{file}' can't be written: {error.strerror}") from None
+    with atomic_write(file) as stream:
         stream.write(text.encode())
 
 
 @contextmanager
-def whole_file(file: Path):
+def atomic_write(file: Path):
     """Open `file` for writing bytes so that it is there whole or, after a kill or an error, as it was before.
+
+    Written beside its place, flushed to the disk, and moved there.
 
     Raises:
         InputError: it can't be written.
@@ -197,7 +199,7 @@ def whole_file(file: Path):
             os.fsync(stream.fileno())
         os.replace(aside, file)
     except OSError as error:
-        raise InputError(f"{str(file)!r} can't be written: {error.strerror}") from None
+        raise InputError(f"'{file}' can't be written: {error.strerror}") from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -215,35 +217,35 @@ def read_manifest(file: str | os.PathLike, photos: dict[str, list[str]]) -> dict
     try:
         manifest = json.loads(Path(file).read_bytes())
     except OSError as error:
-        raise InputError(f"split {str(file)!r} can't be read: {error.strerror}") from None
+        raise InputError(f"split '{file}' can't be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"split {str(file)!r} is not JSON: {error}") from None
+        raise InputError(f"split '{file}' is not JSON: {error}") from None
 
     form = {"format": int, "fraction": (int, float), "val_fraction": (int, float), "seed": int,
             "classes": list, "train": list, "val": list}
     if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), kind) for key, kind in form.items()):
-        raise InputError(f"split {str(file)!r} is not a manifest: it needs {', '.join(form)} (dataset_split.py writes one)")
+        raise InputError(f"split '{file}' is not a manifest: it needs {', '.join(form)} (dataset_split.py writes one)")
     if manifest["format"] != MANIFEST_FORMAT:
-        raise InputError(f"split {str(file)!r} has format {manifest['format']}, this program reads {MANIFEST_FORMAT}: "
+        raise InputError(f"split '{file}' has format {manifest['format']}, this program reads {MANIFEST_FORMAT}: "
                          "write it again with dataset_split.py")
     named = manifest["train"] + manifest["val"]
     if not all(isinstance(name, str) for name in manifest["classes"] + named):
-        raise InputError(f"split {str(file)!r} is not a manifest: its lists hold something else than names")
+        raise InputError(f"split '{file}' is not a manifest: its lists hold something else than names")
 
     if manifest["classes"] != sorted(photos):
-        raise InputError(f"split {str(file)!r} and the data have different classes: "
+        raise InputError(f"split '{file}' and the data have different classes: "
                          f"{differences(manifest['classes'], photos, 'the split', 'the data')}")
     missing = sorted(set(named).difference(*photos.values()))
     if missing:
-        raise InputError(f"split {str(file)!r} names {len(missing)} photos that are not there, the first {missing[0]!r}: "
+        raise InputError(f"split '{file}' names {len(missing)} photos that are not there, the first {missing[0]!r}: "
                          "was it made from other data?")
     repeated = [path for path, times in Counter(named).items() if times > 1]
     if repeated:
-        raise InputError(f"split {str(file)!r} names {len(repeated)} photos more than once, the first {repeated[0]!r}")
+        raise InputError(f"split '{file}' names {len(repeated)} photos more than once, the first {repeated[0]!r}")
     untaught = sorted(set(photos) - {path.split("/", 1)[0] for path in manifest["train"]})
     if untaught or not manifest["val"]:
         lack = f"training photos of {untaught[0]!r}" if untaught else "validation photos"
-        raise InputError(f"split {str(file)!r} has no {lack}: every class needs one for training, and validation one at least")
+        raise InputError(f"split '{file}' has no {lack}: every class needs one for training, and validation one at least")
     return manifest
 
 
@@ -263,10 +265,15 @@ def differences(ours, theirs, our_name: str, their_name: str) -> str:
 
 def refuse_occupied(target: Path, source: Path) -> None:
     """Raise InputError unless `target` is a place where a new tree can be made without touching anybody's files."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--materialize {str(target)!r} is not an empty folder: choose another, or empty it first")
-    if source.resolve() in (target.resolve(), *target.resolve().parents):
-        raise InputError(f"--materialize {str(target)!r} lies inside the photos it would be made from: choose another folder")
+    try:
+        occupied = os.path.lexists(target) and (not target.is_dir() or any(target.iterdir()))
+        inside = source.resolve() in (target.resolve(), *target.resolve().parents)
+    except OSError as error:
+        raise InputError(f"--materialize '{target}' can't be looked into: {error.strerror}") from None
+    if occupied:
+        raise InputError(f"--materialize '{target}' is not an empty folder: choose another, or empty it first")
+    if inside:
+        raise InputError(f"--materialize '{target}' lies inside the photos it would be made from: choose another folder")
 
 
 def materialize(manifest: dict, source: Path, target: Path, mode: str) -> None:
@@ -283,6 +290,7 @@ def materialize(manifest: dict, source: Path, target: Path, mode: str) -> None:
     place = {"symlink": os.symlink, "hardlink": os.link, "copy": shutil.copy2}[mode]
     refuse_occupied(target, source)
     try:
+        target = target.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as aside:
             tree = Path(aside, "tree")
@@ -295,7 +303,7 @@ def materialize(manifest: dict, source: Path, target: Path, mode: str) -> None:
                 target.rmdir()
             tree.rename(target)
     except OSError as error:
-        raise InputError(f"--materialize {str(target)!r} --mode {mode} failed: {error.strerror}; nothing was left there. "
+        raise InputError(f"--materialize '{target}' --mode {mode} failed: {error.strerror}; nothing was left there. "
                          "Another --mode (symlink, hardlink, copy) may do") from None
 
 
@@ -355,15 +363,14 @@ def get_args_parser() -> Parser:
 
 
 def print_table(manifest: dict, photos: dict[str, list[str]]) -> None:
-    rows = [(name, len(photos[name]), *(sum(path.startswith(f"{name}/") for path in manifest[part]) for part in ("train", "val")))
-            for name in photos]
-    rows.append(("Total", *(sum(column) for column in list(zip(*rows))[1:])))
-    width = max(len("Class"), *(len(row[0]) for row in rows))
+    used = {part: Counter(path.split("/", 1)[0] for path in manifest[part]) for part in ("train", "val")}
+    width = max(map(len, ("Class", *photos)))
     print(f"{'Class':{width}} | Photos | Training | Validation")
-    for name, available, train, val in rows:
-        if name == "Total":
-            print("-" * (width + 32))
-        print(f"{name:{width}} | {available:6} | {train:8} | {val:10}")
+    for name, paths in photos.items():
+        print(f"{name:{width}} | {len(paths):6} | {used['train'][name]:8} | {used['val'][name]:10}")
+    print("-" * (width + 32))
+    total = sum(map(len, photos.values()))
+    print(f"{'Total':{width}} | {total:6} | {len(manifest['train']):8} | {len(manifest['val']):10}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -388,6 +395,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(main) -> int:
     """Run a command and give its exit code: 0 done, 2 unusable input (one line on stderr), 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal can't show is no reason to lose a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as error:

@@ -66,7 +66,7 @@ def weights(tmp_path_factory) -> Path:
 def small_network(monkeypatch):
     """Let Q3.py build a ResNet with one block a layer: the same children, a fraction of the time."""
     from torchvision.models.resnet import Bottleneck, ResNet
-    monkeypatch.setattr(Q3, "resnet50", lambda weights=None: ResNet(Bottleneck, [1, 1, 1, 1]))
+    monkeypatch.setattr(Q3, "resnet50", lambda weights=None: ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=16))
 
 
 def type_command(script: str, *argv, cwd: Path) -> subprocess.CompletedProcess:

@@ -120,7 +120,7 @@ def test_photos_may_lie_deeper_and_end_in_capitals(data):
 
 def test_either_spelling_of_the_archive_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(touch(tmp_path / "inaturalist_12K", {"A": 5, "B": 5}).parent)
-    assert ds.find_data("inaturalist_12k") == Path("inaturalist_12K")
+    assert ds.find_data("inaturalist_12k").samefile("inaturalist_12K")
     assert call("dataset_split.py") == 0
 
 
@@ -162,16 +162,16 @@ def test_a_manifest_is_never_overwritten_by_another(data, tmp_path, refused):
     assert out.read_text() == text
 
 
-def test_whole_file_keeps_the_old_content_until_the_new_is_complete(tmp_path):
+def test_atomic_write_keeps_the_old_content_until_the_new_is_complete(tmp_path):
     file = tmp_path / "file"
     file.write_text("old")
-    with pytest.raises(ZeroDivisionError), ds.whole_file(file) as stream:
+    with pytest.raises(ZeroDivisionError), ds.atomic_write(file) as stream:
         stream.write(b"ne")
         stream.flush()
         assert file.read_text() == "old"
         1 / 0
     assert file.read_text() == "old" and os.listdir(tmp_path) == ["file"]
-    with ds.whole_file(file) as stream:
+    with ds.atomic_write(file) as stream:
         stream.write(b"new")
     assert file.read_text() == "new" and os.listdir(tmp_path) == ["file"]
 
@@ -203,9 +203,11 @@ def test_materialize_makes_the_split_as_folders(data, tmp_path, monkeypatch, mod
 
 
 def test_materialize_links_by_default_and_accepts_an_empty_folder(data, tmp_path):
-    (tmp_path / "tree").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "tree").symlink_to("elsewhere")
     assert call("dataset_split.py", "--data", data, "--out", tmp_path / "s.json", "--materialize", tmp_path / "tree") == 0
-    assert all(path.is_symlink() for path in (tmp_path / "tree").rglob("*.jpg"))
+    photos = list((tmp_path / "elsewhere").rglob("*.jpg"))
+    assert len(photos) == 30 and all(path.is_symlink() and path.exists() for path in photos)
 
 
 def test_materialize_refuses_a_folder_in_use(data, tmp_path, refused):
@@ -236,6 +238,16 @@ def test_materialize_leaves_nothing_behind_when_it_fails(data, tmp_path, monkeyp
 def test_missing_data_folder_says_how_to_get_it(tmp_path, refused):
     line = refused("dataset_split.py", "--data", tmp_path / "nowhere")
     assert "nowhere" in line and ds.ARCHIVE in line and "--data" in line
+
+
+def test_name_that_no_disk_allows(refused):
+    assert "no data folder" in refused("dataset_split.py", "--data", "x" * 300)
+
+
+def test_class_named_total_is_a_class(tmp_path, capsys):
+    assert call("dataset_split.py", "--data", touch(tmp_path, {"Aves": 9, "Total": 9}), "--out", tmp_path / "s.json") == 0
+    assert capsys.readouterr().out.splitlines()[1:5] == [
+        "Aves  |      9 |        7 |          2", "Total |      9 |        7 |          2", "-" * 37, "Total |     18 |       14 |          4"]
 
 
 def test_data_folder_without_train_is_named(tmp_path, refused):
