@@ -114,12 +114,18 @@ def test_reported_test_result_is_that_of_best_pt(run, shared_data):
     assert report["epoch"] == checkpoint["epoch"] == best["epoch"]
 
 
-def test_best_pt_is_the_epoch_with_the_best_validation_accuracy(quick_run, monkeypatch):
+def test_best_epoch_is_kept_and_is_the_one_that_is_tested(quick_run, monkeypatch):
     measured = iter([(0.9, 0.5), (0.7, 0.8), (0.6, 0.8), (0.1, 0.6), (0.5, 0.5)])  # loss, accuracy; the last is the test
     monkeypatch.setattr(Q3, "loss_and_accuracy", lambda logits, labels: next(measured))
+    heads = []
+    def recorded(model, loader, predict=Q3.predict):
+        heads.append(model.head.weight.detach().clone())
+        return predict(model, loader)
+    monkeypatch.setattr(Q3, "predict", recorded)
     out = quick_run("out", "--epochs", 4)
-    assert load(out / "best.pt")["epoch"] == 3 and load(out / "last.pt")["epoch"] == 4
-    assert json.loads((out / "test.json").read_text())["epoch"] == 3
+    best, last = load(out / "best.pt"), load(out / "last.pt")
+    assert (best["epoch"], last["epoch"]) == (3, 4) and json.loads((out / "test.json").read_text())["epoch"] == 3
+    assert torch.equal(heads[-1], best["model"]["fc.weight"]) and not torch.equal(heads[-1], last["model"]["fc.weight"])
 
 
 def test_job_trains_on_the_training_photos_alone_and_in_another_order_each_epoch(quick_run, monkeypatch):
