@@ -42,7 +42,7 @@ def get_args_parser() -> Parser:
 
     group = parser.add_argument_group("photos")
     group.add_argument("--data", type=Path, default=Path("inaturalist_12k"), metavar="DIR",
-                       help="folder with train/<Class>/ and val/<Class>/; val/ is the test set (default: inaturalist_12k)")
+                       help="folder with train/<Class>/ and val/<Class>/, the test set (default: inaturalist_12k)")
     add_split_options(group, fraction=0.25)
     group.add_argument("--split", type=Path, metavar="FILE",
                        help="a manifest that dataset_split.py wrote, instead of --fraction and --val-fraction")
@@ -63,7 +63,8 @@ def get_args_parser() -> Parser:
     group.add_argument("--recipe", choices=("tuned", "reference"), default="tuned",
                        help="reference: plain Adam, photos squashed to a square, constant learning rates; tuned: what "
                             "measured best, which is still the reference recipe (default: tuned)")
-    group.add_argument("--epochs", type=number(int, 1, 10**6), default=5, metavar="N", help="passes over the training photos (default: 5)")
+    group.add_argument("--epochs", type=number(int, 1, 10**6), default=5, metavar="N",
+                       help="passes over the training photos (default: 5)")
     group.add_argument("--batch-size", type=number(int, 1, 10**6), default=64, metavar="N",
                        help="photos a step at most; an epoch's steps share its photos evenly (default: 64)")
     group.add_argument("--lr-head", type=number(float, 0, 100, open_low=True), default=1e-3, metavar="LR",
@@ -91,8 +92,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.fraction = args.fraction or parser.get_default("fraction")
     args.val_fraction = args.val_fraction or parser.get_default("val_fraction")
     if args.image_size == 32 and args.batch_size <= 2 and args.freeze < 8:
-        parser.error(f"--batch-size {args.batch_size} with --image-size 32 can leave layer4's BatchNorm a single value to "
-                     "take the mean of: raise one of them")
+        parser.error(f"--batch-size {args.batch_size} with --image-size 32 can leave layer4's BatchNorm a single value "
+                     "to take the mean of: raise one of them")
     return args
 
 
@@ -189,7 +190,7 @@ def read_photo(file: Path, size: int) -> np.ndarray:
             return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
     except UnidentifiedImageError:
         raise InputError(f"'{file}' is no photo, whatever its name says: replace or remove it") from None
-    except Exception as error:  # for damaged files Pillow raises nearly anything: OSError, SyntaxError, struct.error ...
+    except Exception as error:  # for a damaged file Pillow raises nearly anything: OSError, SyntaxError, struct.error
         raise InputError(f"photo '{file}' can't be read ({first_line(error)}): replace or remove it") from None
 
 
@@ -203,8 +204,8 @@ def orientation(image: Image.Image) -> int:
 def decode(files: list[Path], size: int, workers: int, folder: Path) -> torch.Tensor:
     """Decode every photo once, in several threads, into a file without a name that is gone with the run.
 
-    Threads rather than processes, because Pillow lets them run side by side (two cores, photos of 800 x 600: 144 photos/s
-    with one thread, 272 with two, 222 with two processes). 256 photos at a time, so that few wait to be written.
+    Threads rather than processes, because Pillow lets them run side by side (two cores, photos of 800 x 600: 144
+    photos/s with one thread, 272 with two, 222 with two processes). A few at a time, so that few wait to be written.
 
     Args:
         folder: where that file lies: it takes size * size * 3 bytes a photo, on disk rather than in memory.
@@ -219,15 +220,16 @@ def decode(files: list[Path], size: int, workers: int, folder: Path) -> torch.Te
     try:
         with (tempfile.TemporaryFile(dir=folder) as store, ThreadPoolExecutor(workers) as pool,
               tqdm(desc="decoding", total=len(files), unit=" photos", leave=False, disable=None) as progress):
-            for start in range(0, len(files), 256):
-                for pixels in pool.map(partial(read_photo, size=size), files[start:start + 256]):
+            few = 16 * workers
+            for start in range(0, len(files), few):
+                for pixels in pool.map(partial(read_photo, size=size), files[start:start + few]):
                     store.write(pixels)
                     progress.update()
             store.flush()
             return torch.from_numpy(np.memmap(store, np.uint8, "r+", shape=(len(files), size, size, 3)))
     except OSError as error:
-        raise InputError(f"the decoded photos can't be kept in '{folder}' ({error.strerror}): {len(files):,} of them take "
-                         f"{len(files) * size * size * 3 / 1e6:,.0f} MB. --out chooses another disk") from None
+        raise InputError(f"the decoded photos can't be kept in '{folder}' ({error.strerror}): {len(files):,} of them "
+                         f"take {len(files) * size * size * 3 / 1e6:,.0f} MB. --out chooses another disk") from None
 
 
 def batches(pixels: torch.Tensor, labels: torch.Tensor, order: torch.Tensor, batch_size: int, device: torch.device,
@@ -279,7 +281,8 @@ def initial_state(spec: str) -> dict[str, torch.Tensor] | None:
             raise InputError(f"--weights {spec} can't be fetched ({first_line(error)}): download {weights.url} into "
                              f"{torch.hub.get_dir()}/checkpoints, or anywhere and give --weights PATH") from None
     if not os.path.isfile(spec):
-        raise InputError(f"--weights '{spec}' is no file, nor one of {', '.join(member.name for member in ResNet50_Weights)}, none")
+        names = ", ".join(member.name for member in ResNet50_Weights)
+        raise InputError(f"--weights '{spec}' is no file, nor one of {names}, none")
     try:
         return torch.load(spec, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -317,7 +320,8 @@ def backbone_state(state, network: nn.Module, spec: str) -> dict[str, torch.Tens
         raise InputError(f"--weights '{spec}' holds no state dict (names and tensors), but a {type(state).__name__}")
 
     def relevant(tensors):
-        return {name: value for name, value in tensors.items() if not name.startswith("fc.") and "num_batches" not in name}
+        return {name: tensor for name, tensor in tensors.items()
+                if not name.startswith("fc.") and not name.endswith("num_batches_tracked")}
 
     given, needed = relevant(state), relevant(network.state_dict())
     if given.keys() != needed.keys():
@@ -325,8 +329,8 @@ def backbone_state(state, network: nn.Module, spec: str) -> dict[str, torch.Tens
                          f"{differences(given, needed, 'the file', 'ResNet50')}")
     for name, value in needed.items():
         if given[name].shape != value.shape:
-            raise InputError(f"--weights '{spec}' is another network's than ResNet50: {name} is {tuple(given[name].shape)} "
-                             f"in the file and {tuple(value.shape)} in ResNet50")
+            raise InputError(f"--weights '{spec}' is another network's than ResNet50: {name} is "
+                             f"{tuple(given[name].shape)} in the file and {tuple(value.shape)} in ResNet50")
     return given
 
 
@@ -377,7 +381,8 @@ def build_optimizer(model: FineTuned, lr_head: float, lr_backbone: float) -> tor
 # Epochs
 # ---------------------------------------------------------------------------------------------------------------------
 
-def train_epoch(model: nn.Module, loader, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> tuple[float, float]:
+def train_epoch(model: nn.Module, loader, optimizer: torch.optim.Optimizer,
+                scaler: torch.amp.GradScaler) -> tuple[float, float]:
     """One pass over the training photos.
 
     Returns:
@@ -433,7 +438,8 @@ def test_report(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) 
     loss, accuracy = loss_and_accuracy(logits, labels)
     per_class = {}
     for index, name in enumerate(classes):
-        hits, actual, claimed = int(confusion[index, index]), int(confusion[index].sum()), int(confusion[:, index].sum())
+        hits, actual = int(confusion[index, index]), int(confusion[index].sum())
+        claimed = int(confusion[:, index].sum())
         per_class[name] = {"photos": actual, "precision": hits / max(1, claimed), "recall": hits / max(1, actual),
                            "f1": 2 * hits / max(1, actual + claimed)}
     return {"photos": len(labels), "loss": loss, "accuracy": accuracy,
@@ -443,8 +449,8 @@ def test_report(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) 
 
 def print_report(report: dict) -> None:
     low, high = report["accuracy_interval_95"]
-    print(f"\nTest of the best epoch ({report['epoch']}) on {report['photos']:,} photos: accuracy {report['accuracy']:.4f} "
-          f"(95 % interval {low:.4f} to {high:.4f}), loss {report['loss']:.4f}\n")
+    print(f"\nTest of the best epoch ({report['epoch']}) on {report['photos']:,} photos: "
+          f"accuracy {report['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), loss {report['loss']:.4f}\n")
     width = max(len("Class"), *(len(name) for name in report["classes"]))
     print(f"{'Class':{width}} | Photos | Precision | Recall |     F1")
     for name, row in report["per_class"].items():
@@ -541,8 +547,11 @@ def on_cpu(value):
 
 
 def save_checkpoint(file: Path, checkpoint: dict) -> None:
-    with atomic_write(file) as stream:
-        torch.save(on_cpu(checkpoint), stream)
+    try:
+        with atomic_write(file) as stream:
+            torch.save(on_cpu(checkpoint), stream)
+    except RuntimeError as error:  # which is how torch reports a full disk
+        raise InputError(f"'{file}' can't be written ({first_line(error)}): is the disk full?") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -558,7 +567,8 @@ def load_split(args: argparse.Namespace) -> tuple[dict, dict[str, list[tuple[Pat
     data = args.data = find_data(args.data)
     photos = list_photos(data / "train")
     if not os.path.isdir(data / "val"):
-        raise InputError(f"no val/ in the data folder '{data}': the test photos are expected as {data}/val/<Class>/<photo>.jpg")
+        raise InputError(f"no val/ in the data folder '{data}': the test photos are expected as "
+                         f"{data}/val/<Class>/<photo>.jpg")
     test_photos = list_photos(data / "val")
     if test_photos.keys() != photos.keys():
         raise InputError(f"'{data / 'train'}' and '{data / 'val'}' have different classes: "
@@ -568,14 +578,18 @@ def load_split(args: argparse.Namespace) -> tuple[dict, dict[str, list[tuple[Pat
         args.fraction, args.val_fraction = manifest["fraction"], manifest["val_fraction"]
     else:
         manifest = split(photos, args.fraction, args.val_fraction, args.seed)
-    classes = manifest["classes"]
+    classes, test_paths = manifest["classes"], [path for paths in test_photos.values() for path in paths]
     return manifest, {"train": labelled(data / "train", manifest["train"], classes),
                       "val": labelled(data / "train", manifest["val"], classes),
-                      "test": labelled(data / "val", [path for paths in test_photos.values() for path in paths], classes)}
+                      "test": labelled(data / "val", test_paths, classes)}
 
 
 def fit(model: FineTuned, manifest: dict, parts: dict, args: argparse.Namespace, config: dict) -> None:
-    """Train, and after each epoch print its row and write last.pt, history.csv and, if it is the best so far, best.pt."""
+    """Train. After each epoch: print its row, write last.pt, history.csv and, if it is the best so far, best.pt.
+
+    Raises:
+        InputError: a photo can't be read, a file can't be written, or the loss is no longer finite.
+    """
     train, val = parts["train"], parts["val"]
     pixels = decode([file for file, _ in train + val], args.image_size, args.workers, args.out)
     labels = torch.tensor([label for _, label in train + val])
@@ -597,15 +611,15 @@ def fit(model: FineTuned, manifest: dict, parts: dict, args: argparse.Namespace,
         val_loss, val_acc = loss_and_accuracy(predict(model, loader), labels[in_val])
         print(f"{epoch:5} | {train_loss:10.4f} | {train_acc:9.4f} | {val_loss:8.4f} | {val_acc:7.4f}", flush=True)
         if not math.isfinite(train_loss + val_loss):
-            raise InputError(f"the loss of epoch {epoch} is not a finite number: lower --lr-head and --lr-backbone, or try "
-                             f"--amp off. Files of earlier epochs are in '{args.out}'")
+            raise InputError(f"the loss of epoch {epoch} is not a finite number: lower --lr-head and --lr-backbone, "
+                             f"or try --amp off. Files of earlier epochs are in '{args.out}'")
 
         history.append({"epoch": epoch, "train_loss": train_loss, "train_acc": train_acc, "val_loss": val_loss,
                         "val_acc": val_acc, "lr_head": args.lr_head, "lr_backbone": args.lr_backbone,
                         "seconds": time.perf_counter() - start, "images_per_second": len(train) / train_seconds})
         checkpoint = {"format": CHECKPOINT_FORMAT, "architecture": "resnet50", "model": model.network.state_dict(),
-                      "classes": config["classes"], "preprocessing": config["preprocessing"], "options": config["options"],
-                      "epoch": epoch, "history": history, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                      **{key: config[key] for key in ("classes", "preprocessing", "options")}, "epoch": epoch,
+                      "history": history, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         save_checkpoint(args.out / "last.pt", checkpoint)
         if best is None or (val_acc, -val_loss) > (best["val_acc"], -best["val_loss"]):
             best = history[-1]

@@ -27,7 +27,7 @@ from fractions import Fraction
 from pathlib import Path
 
 ARCHIVE = "https://storage.googleapis.com/wandb_datasets/nature_12K.zip"
-PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's ImageFolder
+PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision
 MANIFEST_FORMAT = 1
 
 
@@ -245,7 +245,7 @@ def read_manifest(file: str | os.PathLike, photos: dict[str, list[str]]) -> dict
     untaught = sorted(set(photos) - {path.split("/", 1)[0] for path in manifest["train"]})
     if untaught or not manifest["val"]:
         lack = f"training photos of {untaught[0]!r}" if untaught else "validation photos"
-        raise InputError(f"split '{file}' has no {lack}: every class needs one for training, and validation one at least")
+        raise InputError(f"split '{file}' has no {lack}: each class needs one for training, validation needs one")
     return manifest
 
 
@@ -255,7 +255,8 @@ def differences(ours, theirs, our_name: str, their_name: str) -> str:
         return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
     ours_alone, theirs_alone = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
-    parts = [f"only {where} has {some(names)}" for names, where in ((ours_alone, our_name), (theirs_alone, their_name)) if names]
+    parts = [f"only {where} has {some(names)}"
+             for names, where in ((ours_alone, our_name), (theirs_alone, their_name)) if names]
     return "; ".join(parts) or f"{our_name} has them in another order"
 
 
@@ -339,10 +340,10 @@ def add_split_options(group, fraction: float) -> None:
     """The three options that both commands share: with the same values they make the same split."""
     group.add_argument("--fraction", type=number(float, 0, 1, open_low=True), default=fraction, metavar="F",
                        help=f"part of each class's training photos to use, in (0, 1] (default: {fraction})")
-    group.add_argument("--val-fraction", type=number(float, 0, 1, open_low=True, open_high=True), default=0.2, metavar="V",
-                       help="part of these that is held out for validation, in (0, 1) (default: 0.2)")
+    group.add_argument("--val-fraction", type=number(float, 0, 1, open_low=True, open_high=True), default=0.2,
+                       metavar="V", help="part of these that is held out for validation, in (0, 1) (default: 0.2)")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N",
-                       help="another seed draws other photos; in training also other batches and another start (default: 0)")
+                       help="another seed draws other photos and, in training, other batches (default: 0)")
 
 
 def get_args_parser() -> Parser:

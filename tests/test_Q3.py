@@ -292,14 +292,15 @@ def test_checkpoint_holds_plain_values_on_the_cpu_and_all_that_resuming_needs(ru
     assert all(state["step"] == 9 for state in optimizer.state.values())
 
 
-def test_failed_save_leaves_the_last_good_checkpoints(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("[enforce fail] unexpected pos 64 vs 0")])
+def test_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, error):
     Q3.save_checkpoint(tmp_path / "last.pt", {"epoch": 2})
 
     def full(value, stream):
         stream.write(b"half a check")
-        raise OSError(28, "No space left on device")
+        raise error
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(dataset_split.InputError, match="No space left"):
+    with pytest.raises(dataset_split.InputError, match="last.pt' can't be written"):
         Q3.save_checkpoint(tmp_path / "last.pt", {"epoch": 3})
     assert load(tmp_path / "last.pt") == {"epoch": 2} and os.listdir(tmp_path) == ["last.pt"]
 
