@@ -142,7 +142,12 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
     auto is bfloat16 where the hardware multiplies in it, float16 on the NVIDIA GPUs before that (Volta, Turing), and
     float32 elsewhere: a CPU that only emulates bfloat16 is many times slower with it (measured: 10.3 photos/s forward
     in float32, 1.6 in bfloat16, on an AVX2 machine).
+
+    Raises:
+        InputError: float16 on a CPU, which is slower still.
     """
+    if amp == "fp16" and device.type == "cpu":
+        raise InputError("--amp fp16 is for GPUs: on a CPU give --amp bf16 or off")
     if amp != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
     if device.type == "cuda":
@@ -219,7 +224,7 @@ def decode(files: list[Path], size: int, workers: int, folder: Path) -> torch.Te
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of odd metadata; the pixels are fine
     try:
         with (tempfile.TemporaryFile(dir=folder) as store, ThreadPoolExecutor(workers) as pool,
-              tqdm(desc="decoding", total=len(files), unit=" photos", leave=False, disable=None) as progress):
+              tqdm(desc="decoding", total=len(files), unit="photo", leave=False, disable=None) as progress):
             few = 16 * workers
             for start in range(0, len(files), few):
                 for pixels in pool.map(partial(read_photo, size=size), files[start:start + few]):
@@ -248,7 +253,7 @@ def batches(pixels: torch.Tensor, labels: torch.Tensor, order: torch.Tensor, bat
     mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
     std = torch.tensor(STD, device=device).view(3, 1, 1)
     steps = order.tensor_split(math.ceil(len(order) / batch_size))
-    for rows in tqdm(steps, desc=title, unit=" steps", leave=False, disable=None):
+    for rows in tqdm(steps, desc=title, unit="step", leave=False, disable=None):
         images = pixels[rows].to(device).permute(0, 3, 1, 2).float() / 255
         yield ((images - mean) / std).contiguous(memory_format=layout(device)), labels[rows].to(device)
 
@@ -285,9 +290,9 @@ def initial_state(spec: str) -> dict[str, torch.Tensor] | None:
         raise InputError(f"--weights '{spec}' is no file, nor one of {names}, none")
     try:
         return torch.load(spec, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"--weights '{spec}' is not a state dict that torch.load(weights_only=True) reads "
-                         f"({first_line(error)}): save one with torch.save(model.state_dict(), PATH)") from None
+    except Exception:  # what torch says here is how to load a file unsafely
+        raise InputError(f"--weights '{spec}' is not a state dict, as torch.save(model.state_dict(), PATH) writes it, or a "
+                         "damaged one: fetch or save it again") from None
 
 
 def build_network(spec: str, classes: int) -> nn.Module:
@@ -317,7 +322,8 @@ def backbone_state(state, network: nn.Module, spec: str) -> dict[str, torch.Tens
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, torch.Tensor)
                                               for key, value in state.items()):
-        raise InputError(f"--weights '{spec}' holds no state dict (names and tensors), but a {type(state).__name__}")
+        raise InputError(f"--weights '{spec}' holds no state dict (names and tensors) but a {type(state).__name__}: save "
+                         "one with torch.save(model.state_dict(), PATH)")
 
     def relevant(tensors):
         return {name: tensor for name, tensor in tensors.items()
@@ -325,11 +331,11 @@ def backbone_state(state, network: nn.Module, spec: str) -> dict[str, torch.Tens
 
     given, needed = relevant(state), relevant(network.state_dict())
     if given.keys() != needed.keys():
-        raise InputError(f"--weights '{spec}' is another network's than ResNet50: "
+        raise InputError(f"--weights '{spec}' is not of a ResNet50: "
                          f"{differences(given, needed, 'the file', 'ResNet50')}")
     for name, value in needed.items():
         if given[name].shape != value.shape:
-            raise InputError(f"--weights '{spec}' is another network's than ResNet50: {name} is "
+            raise InputError(f"--weights '{spec}' is not of a ResNet50: {name} is "
                              f"{tuple(given[name].shape)} in the file and {tuple(value.shape)} in ResNet50")
     return given
 
@@ -479,7 +485,7 @@ def claim_folder(out: Path | None) -> Path:
         tempfile.TemporaryFile(dir=out).close()
         return out
     except OSError as error:
-        raise InputError(f"--out '{out or 'runs'}' can't be written to: {error.strerror}") from None
+        raise InputError(f"--out '{out or 'runs'}' can't be the run's folder: {error.strerror}") from None
 
 
 def new_folder(parent: Path) -> Path:
@@ -550,7 +556,9 @@ def save_checkpoint(file: Path, checkpoint: dict) -> None:
     try:
         with atomic_write(file) as stream:
             torch.save(on_cpu(checkpoint), stream)
-    except RuntimeError as error:  # which is how torch reports a full disk
+    except RuntimeError as error:  # how torch reports that it could not write to the end
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
         raise InputError(f"'{file}' can't be written ({first_line(error)}): is the disk full?") from None
 
 
@@ -585,7 +593,7 @@ def load_split(args: argparse.Namespace) -> tuple[dict, dict[str, list[tuple[Pat
 
 
 def fit(model: FineTuned, manifest: dict, parts: dict, args: argparse.Namespace, config: dict) -> None:
-    """Train. After each epoch: print its row, write last.pt, history.csv and, if it is the best so far, best.pt.
+    """Train. After each epoch write last.pt, history.csv and, if it is the best so far, best.pt; then print its row.
 
     Raises:
         InputError: a photo can't be read, a file can't be written, or the loss is no longer finite.
@@ -609,7 +617,6 @@ def fit(model: FineTuned, manifest: dict, parts: dict, args: argparse.Namespace,
         train_seconds = time.perf_counter() - start
         loader = batches(pixels, labels, in_val, args.batch_size, model.device, "validation")
         val_loss, val_acc = loss_and_accuracy(predict(model, loader), labels[in_val])
-        print(f"{epoch:5} | {train_loss:10.4f} | {train_acc:9.4f} | {val_loss:8.4f} | {val_acc:7.4f}", flush=True)
         if not math.isfinite(train_loss + val_loss):
             raise InputError(f"the loss of epoch {epoch} is not a finite number: lower --lr-head and --lr-backbone, "
                              f"or try --amp off. Files of earlier epochs are in '{args.out}'")
@@ -625,6 +632,7 @@ def fit(model: FineTuned, manifest: dict, parts: dict, args: argparse.Namespace,
             best = history[-1]
             save_checkpoint(args.out / "best.pt", checkpoint)
         write_csv(args.out / "history.csv", history)
+        print(f"{epoch:5} | {train_loss:10.4f} | {train_acc:9.4f} | {val_loss:8.4f} | {val_acc:7.4f}", flush=True)
 
 
 def test(model: FineTuned, photos: list[tuple[Path, int]], args: argparse.Namespace) -> None:

@@ -53,8 +53,8 @@ def find_data(folder: str | os.PathLike) -> Path:
         raise InputError(f"no data folder '{folder}' (looked in {Path.cwd()}): download {ARCHIVE} (3.8 GB) and "
                          "unzip it here, or name your own folder with --data")
     if not os.path.isdir(folder / "train"):
-        raise InputError(f"no train/ in the data folder '{folder}': the photos are expected as "
-                         f"{folder}/train/<Class>/<photo>.jpg")
+        raise InputError(f"no train/ in the data folder '{folder}': --data names the folder that holds train/ and val/, "
+                         "with the photos in train/<Class>/")
     return folder
 
 
@@ -87,7 +87,7 @@ def list_photos(folder: Path) -> dict[str, list[str]]:
                              "put some there, or take the class out of train/ and val/")
     others = [path for name in classes for path in files[name] if not path.lower().endswith(PHOTO_ENDINGS)]
     if others:
-        print(f"left out: {len(others)} files of {folder} that are no photos by their ending, the first {others[0]!r}")
+        print(f"left out, being no photos by their ending: {len(others)} in {folder}, the first {others[0]!r}")
     return photos
 
 
@@ -217,7 +217,7 @@ def read_manifest(file: str | os.PathLike, photos: dict[str, list[str]]) -> dict
     try:
         manifest = json.loads(Path(file).read_bytes())
     except OSError as error:
-        raise InputError(f"split '{file}' can't be read: {error.strerror}") from None
+        raise InputError(f"split '{file}' can't be read: {error.strerror} (dataset_split.py writes one)") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"split '{file}' is not JSON: {error}") from None
 
@@ -234,11 +234,12 @@ def read_manifest(file: str | os.PathLike, photos: dict[str, list[str]]) -> dict
 
     if manifest["classes"] != sorted(photos):
         raise InputError(f"split '{file}' and the data have different classes: "
-                         f"{differences(manifest['classes'], photos, 'the split', 'the data')}")
+                         f"{differences(manifest['classes'], photos, 'the split', 'the data')}. Was it made from other "
+                         "data? --data names the folder")
     missing = sorted(set(named).difference(*photos.values()))
     if missing:
-        raise InputError(f"split '{file}' names {len(missing)} photos that are not there, the first {missing[0]!r}: "
-                         "was it made from other data?")
+        raise InputError(f"split '{file}' names {len(missing)} photos that are not there, the first {missing[0]!r}. "
+                         "Was it made from other data? --data names the folder")
     repeated = [path for path, times in Counter(named).items() if times > 1]
     if repeated:
         raise InputError(f"split '{file}' names {len(repeated)} photos more than once, the first {repeated[0]!r}")

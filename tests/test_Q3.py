@@ -306,6 +306,25 @@ def test_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, erro
     assert load(tmp_path / "last.pt") == {"epoch": 2} and os.listdir(tmp_path) == ["last.pt"]
 
 
+def test_interruption_while_saving_is_an_interruption(tmp_path, monkeypatch):
+    def interrupted(value, stream):
+        with torch.serialization._open_zipfile_writer(stream):
+            raise KeyboardInterrupt
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Q3.save_checkpoint(tmp_path / "last.pt", {"epoch": 3})
+    assert os.listdir(tmp_path) == []
+
+
+def test_row_is_on_disk_before_it_is_on_screen(small_network, shared_data, tmp_path, monkeypatch):
+    def printed(*args, **options):
+        if args and args[0].startswith("    1 |"):
+            assert load(tmp_path / "best.pt")["epoch"] == load(tmp_path / "last.pt")["epoch"] == len(read_csv(tmp_path / "history.csv")) == 1
+            printed.rows = True
+    monkeypatch.setattr("builtins.print", printed)
+    assert call("Q3.py", "--data", shared_data, *QUICK, "--out", tmp_path) == 0 and printed.rows
+
+
 def test_head_starts_small_and_new_whatever_the_weights_held(weights, tmp_path):
     network = Q3.build_network(str(weights), 10)
     assert network.fc.weight.shape == (10, 2048) and network.fc.weight.abs().max() <= 2048 ** -0.5
@@ -578,7 +597,7 @@ def test_options_are_answered_before_torch_is_loaded(tmp_path, monkeypatch):
     (["--freeze", "10"], "outside [0, 9]"), (["--lr-head", "0"], "outside (0"), (["--lr-backbone", "inf"], "outside"),
     (["--image-size", "16"], "outside [32"), (["--workers", "0"], "outside [1"), (["--device", "tpu"], "'tpu'"), (["--amp", "int8"], "'int8'"),
     (["--recipe", "best"], "'best'"), (["--epoch", "3"], "--epoch"), (["--split", "s.json", "--fraction", "0.25"], "one or the other"),
-    (["--batch-size", "2", "--image-size", "32"], "BatchNorm")])
+    (["--batch-size", "2", "--image-size", "32"], "BatchNorm"), (["--fraction", "1", "--device", "cpu", "--amp", "fp16"], "for GPUs")])
 def test_wrong_options(shared_data, refused, flags, part):
     assert part in refused("Q3.py", "--data", shared_data, *flags)
 
@@ -673,7 +692,7 @@ def test_out_that_already_holds_a_run(small_network, shared_data, tmp_path, refu
 def test_out_that_cannot_be_a_folder(small_network, shared_data, tmp_path, refused):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "inside"):
-        assert "can't be written to" in refused("Q3.py", "--data", shared_data, *QUICK, "--out", out)
+        assert "can't be the run's folder" in refused("Q3.py", "--data", shared_data, *QUICK, "--out", out)
 
 
 def test_device_that_is_not_there(shared_data, monkeypatch, refused):

@@ -110,7 +110,7 @@ def test_hidden_files_and_other_files_are_no_photos(data, capsys):
         (data / "train" / name).parent.mkdir(exist_ok=True)
         (data / "train" / name).write_bytes(b"?")
     assert ds.list_photos(data / "train") == before
-    assert "1 files" in (output := capsys.readouterr().out) and "Aves/notes.txt" in output
+    assert ": 1 in" in (output := capsys.readouterr().out) and "Aves/notes.txt" in output
 
 
 def test_photos_may_lie_deeper_and_end_in_capitals(data):
