@@ -19,7 +19,7 @@ from torchvision import transforms
 
 import dataset_split
 import Q3
-from conftest import COLOURS, call, draw_data, draw_photo, type_command
+from conftest import COLOURS, ROOT, call, draw_data, draw_photo, type_command
 
 QUICK = ("--weights", "none", "--fraction", 1.0, "--image-size", 32, "--epochs", 1, "--batch-size", 8, "--device", "cpu", "--workers", 1)
 CPU = torch.device("cpu")
@@ -112,6 +112,18 @@ def test_reported_test_result_is_that_of_best_pt(run, shared_data):
         assert float(shares.max()) == pytest.approx(float(row["confidence"]), abs=2e-3)
     best = max(checkpoint["history"], key=lambda row: (row["val_acc"], -row["val_loss"]))
     assert report["epoch"] == checkpoint["epoch"] == best["epoch"]
+
+
+def test_the_readme_tells_how_to_use_a_checkpoint(run, shared_data, tmp_path, monkeypatch, capsys):
+    code, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/first").symlink_to(run[1])
+    row = read_csv(run[1] / "predictions.csv")[5]
+    shutil.copy(shared_data / "val" / row["path"], "frog.jpg")
+    exec(code, {})
+    name, confidence = capsys.readouterr().out.split()
+    assert name == row["predicted"] and float(confidence) == pytest.approx(float(row["confidence"]), abs=2e-3)
 
 
 def test_best_epoch_is_kept_and_is_the_one_that_is_tested(quick_run, monkeypatch):
