@@ -5,26 +5,30 @@
 
 The script reads from top to bottom in the order in which a run happens:
 
-    photos -> split -> pixels -> network -> optimiser -> epochs -> test -> files
+    photos -> split -> pixels -> network -> trunk maps -> optimiser -> epochs -> test -> files
 
 The first six children of the network (conv1 to layer2) stay as ImageNet left them, its last layer is replaced by one
 for ten classes and learns fast, and the layers between learn slowly. The best epoch on the validation photos is tested
 once. Which photos there are, and which is in which part, is dataset_split.py's business; a list of (file, label) is
-all that comes from there.
+all that comes from there. On several GPUs: torchrun --nproc-per-node=N Q3.py
 """
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import math
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +54,12 @@ def get_args_parser() -> Parser:
                        help="photos are resized to N x N pixels (default: 224)")
     group.add_argument("--workers", type=number(int, 1, 1024), metavar="N",
                        help="threads that decode photos (default: one for each core)")
+    group.add_argument("--cache", type=Path, default=Path(".cache"), metavar="DIR",
+                       help="where decoded photos and the trunk's maps are kept for the next run (default: .cache)")
+    group.add_argument("--cache-gb", type=number(float, 0, 10**6), default=10.0, metavar="GB",
+                       help="the most that the trunk's maps may take there; if they need more, the trunk is computed "
+                            "in every step (default: 10)")
+    group.add_argument("--no-cache", action="store_true", help="keep nothing for the next run")
 
     group = parser.add_argument_group("network")
     group.add_argument("--weights", default="IMAGENET1K_V2", metavar="SPEC",
@@ -61,8 +71,8 @@ def get_args_parser() -> Parser:
 
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", choices=("tuned", "reference"), default="tuned",
-                       help="reference: plain Adam, photos squashed to a square, constant learning rates; tuned: what "
-                            "measured best, which is still the reference recipe (default: tuned)")
+                       help="reference: the plain published protocol; tuned: trains on crops of the photos, and holds "
+                            "BatchNorm's statistics (default: tuned)")
     group.add_argument("--epochs", type=number(int, 1, 10**6), default=5, metavar="N",
                        help="passes over the training photos (default: 5)")
     group.add_argument("--batch-size", type=number(int, 1, 10**6), default=64, metavar="N",
@@ -91,26 +101,35 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--split FILE takes the place of --fraction and --val-fraction: give one or the other")
     args.fraction = args.fraction or parser.get_default("fraction")
     args.val_fraction = args.val_fraction or parser.get_default("val_fraction")
-    if args.image_size == 32 and args.batch_size <= 2 and args.freeze < 8:
-        parser.error(f"--batch-size {args.batch_size} with --image-size 32 can leave layer4's BatchNorm a single value "
-                     "to take the mean of: raise one of them")
+    if not holds_batchnorm(args) and args.image_size <= (48 if args.recipe == "tuned" else 32) and args.batch_size <= 2:
+        parser.error(f"--batch-size {args.batch_size} with --image-size {args.image_size} can leave layer4's BatchNorm a "
+                     "single value to take the mean of: raise one of them")
     return args
+
+
+def holds_batchnorm(args: argparse.Namespace) -> bool:
+    """Whether no BatchNorm statistics are learnt: there are none behind the eighth child, and none to hold in noise."""
+    return args.freeze >= 8 or args.recipe == "tuned" and args.weights != "none"
 
 
 if __name__ == "__main__":
     args = get_args()  # a mistyped option and --help are answered here, before the seconds that torch takes to load
 
 import numpy as np
+import PIL
 import torch
 import torchvision
 from PIL import Image, UnidentifiedImageError
-from torch import nn
+from torch import distributed, nn
+from torch.fx.experimental.optimization import fuse  # of convolutions with the BatchNorm layers behind them
 from torch.nn import functional as F
 from torchvision.models import ResNet50_Weights, resnet50
 from tqdm import tqdm
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue, in [0, 1]
+CROP = 5 / 7  # of a photo's side that a step of training sees: 160 of 224 pixels, 20 of 28 places of a trunk map
 CHECKPOINT_FORMAT = 1
+STORE_FORMAT = 1  # to be raised when read_photo or FineTuned.maps give something else
 
 
 def first_line(error: Exception) -> str:
@@ -118,8 +137,50 @@ def first_line(error: Exception) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The machine
+# The machine, and the processes that torchrun started
 # ---------------------------------------------------------------------------------------------------------------------
+
+RANK, LOCAL_RANK, PROCESSES, LOCAL_PROCESSES = (
+    int(os.environ.get(name, alone))  # this process among all and on this machine; how many there are of either
+    for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+QUIET = True if RANK else None  # for tqdm: one process draws progress bars, and only in a terminal
+
+
+def join_processes(device: torch.device) -> None:
+    """Let the processes that torchrun started talk to each other.
+
+    Raises:
+        InputError: on Apple's GPUs, which can't.
+    """
+    if device.type == "mps":
+        raise InputError("several processes need NVIDIA GPUs, or --device cpu")
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1 x 1 convolutions, whose strides say nothing
+    # One may wait for a day while another decodes; when one dies, torchrun ends all.
+    distributed.init_process_group(backend, timeout=timedelta(days=1), device_id=device_id)
+
+
+@contextmanager
+def first_on_this_machine():
+    """What one process of each machine does before the others do: fetch, decode."""
+    if LOCAL_RANK > 0:
+        wait_for_all()
+    yield
+    if LOCAL_RANK == 0:
+        wait_for_all()
+
+
+def wait_for_all() -> None:
+    if PROCESSES > 1:
+        distributed.barrier()
+
+
+def summed(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of this tensor over all processes."""
+    if PROCESSES > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
 
 def pick_device(name: str) -> torch.device:
     """The device called cuda, mps or cpu; for auto the first of these that is there.
@@ -133,7 +194,12 @@ def pick_device(name: str) -> torch.device:
     if not present[name]:
         raise InputError(f"--device {name}: this machine or this build of torch has none; there is "
                          f"{' and '.join(kind for kind in present if present[kind])}")
-    return torch.device(name)
+    if name == "cuda":
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise InputError(f"{LOCAL_PROCESSES} processes and {torch.cuda.device_count()} GPUs: give torchrun "
+                             f"--nproc-per-node={torch.cuda.device_count()}")
+        torch.cuda.set_device(LOCAL_RANK)
+    return torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
 
 
 def pick_precision(amp: str, device: torch.device) -> torch.dtype:
@@ -144,10 +210,10 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
     in float32, 1.6 in bfloat16, on an AVX2 machine).
 
     Raises:
-        InputError: float16 on a CPU, which is slower still.
+        InputError: float16 on another device than an NVIDIA GPU.
     """
-    if amp == "fp16" and device.type == "cpu":
-        raise InputError("--amp fp16 is for GPUs: on a CPU give --amp bf16 or off")
+    if amp == "fp16" and device.type != "cuda":
+        raise InputError(f"--amp fp16 is for NVIDIA GPUs: on {device.type} give --amp bf16 or off")
     if amp != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
     if device.type == "cuda":
@@ -167,8 +233,15 @@ def layout(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device; a GPU gets it without this process waiting for what the GPU still has to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Photos: files -> uint8 pixels, once -> normalised batches on the device
+# Photos: files -> uint8 pixels, once
 # ---------------------------------------------------------------------------------------------------------------------
 
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -206,61 +279,111 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
-def decode(files: list[Path], size: int, workers: int, folder: Path) -> torch.Tensor:
-    """Decode every photo once, in several threads, into a file without a name that is gone with the run.
+class Store:
+    """A file of tensors of one shape and type, one a row, that are written once and read many times.
+
+    Behind the rows lies a byte for each, which is set when the row has reached the disk. So a run that is killed leaves
+    only whole rows behind and the next one goes on from there; and two runs at once write the same bytes twice. Only the
+    rows in use are in memory: they are mapped anew for each batch, as nanoGPT does.
+
+    The file is called NAME-FINGERPRINT after what went into it. Others of the same NAME are out of date, and deleted.
+    """
+
+    def __init__(self, folder: Path, name: str, facts: tuple, rows: int, shape: tuple[int, ...], dtype: torch.dtype):
+        self.name, self.rows, self.shape, self.dtype = name, rows, tuple(shape), dtype
+        self.row_bytes = math.prod(shape) * dtype.itemsize
+        self.file = folder / f"{name}-{fingerprint(facts, dtype, STORE_FORMAT)}"
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in set(folder.glob(f"{name}-{'[0-9a-f]' * 16}")) - {self.file}:
+                with suppress(OSError):  # Windows deletes no file that another run has open
+                    old.unlink()
+            self.stream = open(self.file, "r+b", opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666))
+            self.stream.truncate(rows * (self.row_bytes + 1))
+
+    def missing(self, rows: torch.Tensor) -> torch.Tensor:
+        """For each of these rows whether it is still to be written: bool (len(rows),)."""
+        written = np.memmap(self.stream, bool, "r", offset=self.rows * self.row_bytes, shape=self.rows)
+        return ~torch.from_numpy(written[rows.numpy()])
+
+    def write(self, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Write values (len(rows), *shape) to these rows."""
+        assert (*values.shape, values.dtype) == (len(rows), *self.shape, self.dtype)
+        with disk_errors(self.file.parent):
+            for row, value in zip(rows.tolist(), values.contiguous().view(torch.uint8).numpy()):
+                self.stream.seek(row * self.row_bytes)
+                self.stream.write(value)
+            self.stream.flush()
+            os.fsync(self.stream.fileno())
+            for row in rows.tolist():
+                self.stream.seek(self.rows * self.row_bytes + row)
+                self.stream.write(b"\1")
+            self.stream.flush()
+
+    def check(self, rows: torch.Tensor) -> None:
+        """Raise InputError unless all processes find these rows written."""
+        wait_for_all()
+        if self.missing(rows).any():
+            raise InputError(f"'{self.file}' was deleted by another run meanwhile: start again, with a --cache of its own")
+
+    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+        """A copy of these rows: (len(rows), *shape)."""
+        data = np.memmap(self.stream, np.uint8, "r", shape=(self.rows, self.row_bytes))
+        return torch.from_numpy(data[rows.numpy()]).view(self.dtype).view(len(rows), *self.shape)
+
+
+@contextmanager
+def disk_errors(folder: Path):
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"decoded photos and their maps can't be kept in '{folder}' ({error.strerror}): make room there, "
+                         "choose another folder with --cache DIR, or do without maps with --cache-gb 0") from None
+
+
+def fingerprint(*facts) -> str:
+    """A short name for these facts, which changes when one of them does."""
+    return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def in_steps(title: str, rows: torch.Tensor, size: int):
+    """Go through the rows a few at a time with a progress bar, and say how long it took."""
+    start = time.perf_counter()
+    with tqdm(desc=title, total=len(rows), unit="photo", leave=False, disable=QUIET) as progress:
+        for some in rows.split(size) if len(rows) else ():
+            yield some
+            progress.update(len(some))
+    if len(rows):
+        seconds = time.perf_counter() - start
+        print(f"{title:11} {len(rows):,} photos{' in this process' if LOCAL_PROCESSES > 1 else ''} in {seconds:.1f} s "
+              f"({len(rows) / seconds:,.0f} a second)", flush=True)
+
+
+def pixel_store(cache: Path, folder: Path, files: list[Path], size: int) -> Store:
+    """The store of a folder's photos, which holds for as long as none of them is added, removed or changed."""
+    try:
+        facts = [(str(file.relative_to(folder)), (status := os.stat(file)).st_size, status.st_mtime_ns) for file in files]
+    except OSError as error:
+        raise InputError(f"photo '{error.filename}' can't be read ({error.strerror})") from None
+    return Store(cache, f"pixels-{fingerprint(folder.resolve(), size)}", (facts, PIL.__version__), len(files),
+                 (size, size, 3), torch.uint8)
+
+
+def decode(files: list[Path], rows: torch.Tensor, pixels: Store, workers: int) -> None:
+    """Decode the photos of these rows, unless they are in the store already, in several threads.
 
     Threads rather than processes, because Pillow lets them run side by side (two cores, photos of 800 x 600: 144
     photos/s with one thread, 272 with two, 222 with two processes). A few at a time, so that few wait to be written.
-
-    Args:
-        folder: where that file lies: it takes size * size * 3 bytes a photo, on disk rather than in memory.
-
-    Returns:
-        uint8 tensor (photos, size, size, 3), mapped from the file.
 
     Raises:
         InputError: a photo can't be read, or the disk is full.
     """
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of odd metadata; the pixels are fine
-    try:
-        with (tempfile.TemporaryFile(dir=folder) as store, ThreadPoolExecutor(workers) as pool,
-              tqdm(desc="decoding", total=len(files), unit="photo", leave=False, disable=None) as progress):
-            few = 16 * workers
-            for start in range(0, len(files), few):
-                for pixels in pool.map(partial(read_photo, size=size), files[start:start + few]):
-                    store.write(pixels)
-                    progress.update()
-            store.flush()
-            return torch.from_numpy(np.memmap(store, np.uint8, "r+", shape=(len(files), size, size, 3)))
-    except OSError as error:
-        raise InputError(f"the decoded photos can't be kept in '{folder}' ({error.strerror}): {len(files):,} of them "
-                         f"take {len(files) * size * size * 3 / 1e6:,.0f} MB. --out chooses another disk") from None
-
-
-def batches(pixels: torch.Tensor, labels: torch.Tensor, order: torch.Tensor, batch_size: int, device: torch.device,
-            title: str):
-    """Go once through the photos in the given order, in steps of at most `batch_size`, all of nearly the same size
-    (65 photos make 33 + 32 rather than 64 + 1: one photo alone is a poor gradient, and no BatchNorm statistics).
-
-    Args:
-        pixels: uint8 (photos, size, size, 3).
-        order: int64, the rows of `pixels` and `labels` to go through.
-        title: what the progress bar says, where standard error is a terminal.
-
-    Yields:
-        Normalised photos, float32 (batch, 3, size, size), and labels, int64 (batch,).
-    """
-    mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
-    std = torch.tensor(STD, device=device).view(3, 1, 1)
-    steps = order.tensor_split(math.ceil(len(order) / batch_size))
-    for rows in tqdm(steps, desc=title, unit="step", leave=False, disable=None):
-        images = pixels[rows].to(device).permute(0, 3, 1, 2).float() / 255
-        yield ((images - mean) / std).contiguous(memory_format=layout(device)), labels[rows].to(device)
-
-
-def epoch_order(photos: int, seed: int, epoch: int) -> torch.Tensor:
-    """A shuffle of range(photos), int64, that depends on seed and epoch alone."""
-    return torch.randperm(photos, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    few = max(workers, min(32 * workers, 2**27 // pixels.row_bytes))
+    with ThreadPoolExecutor(workers) as pool:
+        for some in in_steps("Decoding", rows[pixels.missing(rows)], few):
+            photos = pool.map(partial(read_photo, size=pixels.shape[0]), [files[row] for row in some])
+            pixels.write(some, torch.from_numpy(np.stack(list(photos))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,13 +429,13 @@ def build_network(spec: str, classes: int) -> nn.Module:
     state = initial_state(spec)
     network = resnet50(weights=None)
     if state is not None:
-        network.load_state_dict(backbone_state(state, network, spec), strict=False)
+        load_backbone(network, state, spec)
     network.fc = nn.Linear(network.fc.in_features, classes)
     return network
 
 
-def backbone_state(state, network: nn.Module, spec: str) -> dict[str, torch.Tensor]:
-    """All of a state dict that training starts from: not fc, which is replaced, nor BatchNorm's counts of batches.
+def load_backbone(network: nn.Module, state, spec: str) -> None:
+    """Give the network all of a state dict but fc, which is replaced.
 
     Raises:
         InputError: with what differs, if it is no state dict, or another network's.
@@ -324,53 +447,177 @@ def backbone_state(state, network: nn.Module, spec: str) -> dict[str, torch.Tens
                                               for key, value in state.items()):
         raise InputError(f"--weights '{spec}' holds no state dict (names and tensors) but a {type(state).__name__}: save "
                          "one with torch.save(model.state_dict(), PATH)")
-
-    def relevant(tensors):
-        return {name: tensor for name, tensor in tensors.items()
-                if not name.startswith("fc.") and not name.endswith("num_batches_tracked")}
-
-    given, needed = relevant(state), relevant(network.state_dict())
+    given, needed = ({name: value for name, value in tensors.items()
+                      if not name.startswith("fc.") and not name.endswith("num_batches_tracked")}
+                     for tensors in (state, network.state_dict()))
     if given.keys() != needed.keys():
         raise InputError(f"--weights '{spec}' is not of a ResNet50: "
                          f"{differences(given, needed, 'the file', 'ResNet50')}")
-    for name, value in needed.items():
-        if given[name].shape != value.shape:
-            raise InputError(f"--weights '{spec}' is not of a ResNet50: {name} is "
-                             f"{tuple(given[name].shape)} in the file and {tuple(value.shape)} in ResNet50")
-    return given
+    try:
+        network.load_state_dict(given, strict=False)
+    except RuntimeError as error:  # a size that differs, after a headline
+        raise InputError(f"--weights '{spec}' is not of a ResNet50: {str(error).splitlines()[1].strip()}") from None
 
 
 class FineTuned(nn.Module):
     """A ResNet cut in three: a trunk that is frozen, a backbone that learns slowly, a head that learns fast.
 
-    Frozen means more than "no gradients": BatchNorm in train mode goes on averaging the statistics of every batch, so
-    the trunk stays in eval mode whatever mode the others are in.
+    Frozen means more than "no gradients": BatchNorm in train mode goes on averaging the statistics of every batch. The
+    trunk is a copy in which each BatchNorm, held as it is, is folded into the convolution before it. With
+    `hold_batchnorm` the backbone's BatchNorm layers keep ImageNet's statistics too, and learn scale and shift only.
     """
 
-    def __init__(self, network: nn.Module, freeze: int, precision: torch.dtype = torch.float32):
+    def __init__(self, network: nn.Module, freeze: int, precision: torch.dtype = torch.float32,
+                 hold_batchnorm: bool = False):
         super().__init__()
         self.network = network  # the same layers under torchvision's names, for checkpoints
         *children, self.head = network.children()
-        self.trunk = nn.Sequential(*children[:freeze]).requires_grad_(False)
+        frozen = nn.Sequential(*children[:freeze]).requires_grad_(False).eval()
+        self.trunk = fuse(frozen).to(precision).to(memory_format=layout(self.device))
         self.backbone = nn.Sequential(*children[freeze:])
-        self.precision = precision
+        self.precision, self.hold_batchnorm = precision, hold_batchnorm
+        self.mean, self.std = (torch.tensor(rgb, device=self.device).view(3, 1, 1) for rgb in (MEAN, STD))
 
     @property
     def device(self) -> torch.device:
         return self.head.weight.device
 
     def train(self, mode: bool = True):
-        super().train(mode)
-        self.trunk.eval()
+        super().train(False)
+        self.backbone.train(mode and not self.hold_batchnorm)
         return self
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Photos (batch, 3, size, size) -> logits, float32 (batch, classes)."""
+    @torch.no_grad()
+    def maps(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the trunk makes of photos: uint8 (batch, size, size, 3) -> (batch, 512, size / 8, size / 8), if it is
+        six children long. Scaled with ImageNet's mean and deviation first."""
+        images = (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        return self.trunk(images.to(self.precision, memory_format=layout(self.device)))
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """The trunk's maps -> logits, float32 (batch, classes)."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            with torch.no_grad():
-                maps = self.trunk(images)  # (batch, 512, size / 8, size / 8) behind six children
             features = self.backbone(maps).flatten(1)  # (batch, 2048)
             return self.head(features).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches: photos as the trunk's maps of them, cropped in training
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Photos:
+    """Photos ready for the network: as pixels or, once these have been kept, as the trunk's maps of them.
+
+    Args:
+        pixels: the decoded photos of a folder.
+        rows: which of these the photos are, int64 (photos,).
+        labels: int64 (photos,).
+    """
+
+    def __init__(self, model: FineTuned, pixels: Store, rows: torch.Tensor, labels: torch.Tensor):
+        self.model, self.pixels, self.rows, self.labels = model, pixels, rows, send(labels, model.device)
+        self.kept: Store | torch.Tensor | None = None  # maps of all photos, or their pixels on the GPU
+
+    def look(self, which: torch.Tensor, places: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The trunk's maps (views, channels, side, side) of these photos and their labels, on the device.
+
+        Args:
+            which: int64 (views,).
+            places: where the crop of each lies, float32 (views, 2), as in `cut`; None for whole photos.
+        """
+        device = self.model.device
+        on_device = send(which, device)
+        if self.kept is None:
+            seen = self.pixels[self.rows[which]]
+        else:
+            seen = self.kept[which if isinstance(self.kept, Store) else on_device]
+        seen = send(seen if places is None else cut(seen, places), device)
+        if seen.dtype == torch.uint8:
+            return self.model.maps(seen), self.labels[on_device]
+        return seen.permute(0, 3, 1, 2).contiguous(memory_format=layout(device)), self.labels[on_device]
+
+    def keep(self, freeze: int, limit: float) -> str:
+        """Keep what each step would do again, if there is room: in a GPU's memory (a quarter of what is free) the trunk's
+        maps of the photos, or else their pixels; elsewhere the maps, in a store (half of what is free on the disk).
+
+        Args:
+            limit: the most that a store of maps may take, in GB.
+
+        Returns:
+            What became of it, in words.
+
+        Raises:
+            InputError: the disk is full, or another run has deleted the store meanwhile.
+        """
+        model, everything = self.model, torch.arange(len(self.rows))
+        example = self.look(everything[:1])[0].permute(0, 2, 3, 1)[0]
+        gigabytes, short = len(everything) * example.nbytes / 1e9, freeze < 5  # too short to be worth keeping
+        if model.device.type == "cuda":
+            room = torch.cuda.mem_get_info()[0] / 4e9
+            if gigabytes < room and not short:
+                self.kept = torch.cat([self.look(some)[0].permute(0, 2, 3, 1) for some in everything.split(256)])
+                return f"computed once, {gigabytes:.1f} GB of maps on the GPU"
+            if len(everything) * self.pixels.row_bytes / 1e9 < room:
+                self.kept = torch.cat([send(self.pixels[rows], model.device) for rows in self.rows.split(256)])
+        if model.device.type == "cuda" or short:
+            return "computed in every step"
+        if gigabytes > limit:
+            return f"computed in every step (its maps would take {gigabytes:.1f} GB, see --cache-gb)"
+
+        trunk = b"".join(value.float().cpu().numpy().tobytes() for value in model.trunk.state_dict().values())
+        facts = (self.pixels.file.name, self.rows.tolist(), hashlib.sha256(trunk).hexdigest(), freeze, model.device.type,
+                 torch.__version__)
+        maps = Store(self.pixels.file.parent, self.pixels.name.replace("pixels", "maps"), facts, len(everything),
+                     example.shape, example.dtype)
+        lacking = int(maps.missing(everything).sum()) * example.nbytes
+        full = lacking > shutil.disk_usage(maps.file.parent).free / 2
+        if summed(torch.tensor(float(full))):  # on any machine
+            return f"computed in every step (its maps would take {gigabytes:.1f} GB, and the disk of --cache is too full)"
+        mine = everything[LOCAL_RANK::LOCAL_PROCESSES]
+        for some in in_steps("Trunk maps", mine[maps.missing(mine)], 32):
+            maps.write(some, self.look(some)[0].permute(0, 2, 3, 1).cpu())
+        maps.check(everything)
+        self.kept = maps
+        return f"computed once, {gigabytes:.1f} GB of maps"
+
+
+def cut(photos: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """A square of each photo or trunk map, CROP times as high and wide: (views, side, side, channels) -> the same.
+
+    The trunk has stride 8, so that a crop of its map is, but for the borders, the map of a crop of the photo.
+
+    Args:
+        places: float32 (views, 2), from 0 (at the top, on the left) to 1.
+    """
+    side, kept = photos.shape[1], max(1, round(CROP * photos.shape[1]))
+    corners = (places * (side - kept + 1)).long()
+    rows, columns = send(corners[:, :, None] + torch.arange(kept), photos.device).unbind(1)  # (views, kept)
+    views = send(torch.arange(len(photos)), photos.device)
+    return photos[views[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def draw_epoch(count: int, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An order of so many photos, int64, and a place for the crop of each. They depend on seed and epoch alone, so that
+    several processes agree without talking."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator), torch.rand(count, 2, generator=generator)
+
+
+def batches(photos: Photos, which: torch.Tensor, batch_size: int, title: str, places: torch.Tensor | None = None):
+    """Go once through these photos in their order, in steps of at most `batch_size`, all of nearly the same size (65 make
+    33 + 32 rather than 64 + 1: one photo alone is a poor gradient, and no BatchNorm statistics).
+
+    Args:
+        which, places: as in `Photos.look`.
+        title: what the progress bar says, where standard error is a terminal.
+
+    Yields:
+        This process's share of a step, maps and labels as `Photos.look` gives them, and the size of the whole step.
+    """
+    steps = torch.arange(len(which)).tensor_split(math.ceil(len(which) / batch_size))
+    for step in tqdm(steps, desc=title, unit="step", leave=False, disable=QUIET):
+        mine = step[RANK::PROCESSES]
+        yield *photos.look(which[mine], None if places is None else places[mine]), len(step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,7 +627,7 @@ class FineTuned(nn.Module):
 def build_optimizer(model: FineTuned, lr_head: float, lr_backbone: float) -> torch.optim.Optimizer:
     """Adam over exactly the parameters that learn, in two groups: the head's and the backbone's."""
     return torch.optim.Adam([{"params": list(model.head.parameters()), "lr": lr_head},
-                             {"params": list(model.backbone.parameters()), "lr": lr_backbone}])
+                             {"params": list(model.backbone.parameters()), "lr": lr_backbone}], fused=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,25 +643,29 @@ def train_epoch(model: nn.Module, loader, optimizer: torch.optim.Optimizer,
         behind what it can do at the end of the epoch).
     """
     model.train()
-    loss_sum, correct, count = 0.0, 0, 0
-    for images, labels in loader:
-        logits = model(images)
+    totals, photos = 0, 0
+    for maps, labels, count in loader:
+        logits = model(maps)
         losses = F.cross_entropy(logits, labels, reduction="none")
         optimizer.zero_grad()
-        scaler.scale(losses.mean()).backward()
+        scaler.scale(losses.sum() / count * PROCESSES).backward()  # of several processes DDP takes the mean
         scaler.step(optimizer)
         scaler.update()
-        loss_sum += losses.detach().sum()
-        correct += (logits.argmax(1) == labels).sum()
-        count += len(labels)
-    return float(loss_sum) / count, float(correct) / count
+        totals += torch.stack([losses.detach().sum(), (logits.argmax(1) == labels).sum()])
+        photos += count
+    loss_sum, correct = summed(totals).tolist()
+    return loss_sum / photos, correct / photos
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, loader) -> torch.Tensor:
+def predict(model: FineTuned, loader) -> torch.Tensor:
     """Logits of every photo, float32 (photos, classes), on the CPU."""
     model.eval()
-    return torch.cat([model(images) for images, _ in loader]).cpu()
+    steps = []
+    for maps, _, count in loader:
+        steps.append(torch.zeros(count, model.head.out_features, device=model.device))
+        steps[-1][RANK::PROCESSES] = model(maps)
+    return summed(torch.cat(steps)).cpu()
 
 
 def loss_and_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
@@ -509,13 +760,6 @@ def machine(device: torch.device, precision: torch.dtype) -> dict:
                          "torchvision": torchvision.__version__, "numpy": np.__version__}}
 
 
-def parameter_counts(network: nn.Module) -> dict:
-    counts = {True: 0, False: 0}
-    for parameter in network.parameters():
-        counts[parameter.requires_grad] += parameter.numel()
-    return {"trainable_parameters": counts[True], "frozen_parameters": counts[False]}
-
-
 def print_banner(config: dict) -> None:
     options, photos = config["options"], config["photos"]
     steps = math.ceil(photos["train"] / options["batch_size"])
@@ -524,9 +768,10 @@ def print_banner(config: dict) -> None:
           f"Network     ResNet50 from {options['weights']}, {options['image_size']} x {options['image_size']} pixels\n"
           f"Parameters  {config['trainable_parameters']:,} trainable, {config['frozen_parameters']:,} frozen "
           f"(the first {options['freeze']} of 10 children)\n"
-          f"Device      {config['device']} ({config['device_name']}), {config['precision']}\n"
+          f"Device      {config['device']} ({config['device_name']}), {config['precision']}"
+          f"{f', {PROCESSES} processes' if PROCESSES > 1 else ''}\n"
           f"Steps       {steps} an epoch, {steps * options['epochs']:,} in {options['epochs']} epochs\n"
-          f"Results     {options['out']}\n", flush=True)
+          f"Results     {options['out']}", flush=True)
 
 
 def write_json(file: Path, value) -> None:
@@ -566,8 +811,9 @@ def save_checkpoint(file: Path, checkpoint: dict) -> None:
 # The job
 # ---------------------------------------------------------------------------------------------------------------------
 
-def load_split(args: argparse.Namespace) -> tuple[dict, dict[str, list[tuple[Path, int]]]]:
-    """The manifest, and the (file, label) pairs of "train", "val" and "test". No photo is opened.
+def load_split(args: argparse.Namespace) -> tuple[dict, dict[str, list[tuple[Path, int]]], list[Path]]:
+    """The manifest; the (file, label) pairs of "train", "val" and "test"; and all files of train/, used or not. No
+    photo is opened.
 
     Raises:
         InputError: folders, photos or a manifest that can't be used.
@@ -587,103 +833,158 @@ def load_split(args: argparse.Namespace) -> tuple[dict, dict[str, list[tuple[Pat
     else:
         manifest = split(photos, args.fraction, args.val_fraction, args.seed)
     classes, test_paths = manifest["classes"], [path for paths in test_photos.values() for path in paths]
-    return manifest, {"train": labelled(data / "train", manifest["train"], classes),
-                      "val": labelled(data / "train", manifest["val"], classes),
-                      "test": labelled(data / "val", test_paths, classes)}
+    parts = {"train": labelled(data / "train", manifest["train"], classes),
+             "val": labelled(data / "train", manifest["val"], classes),
+             "test": labelled(data / "val", test_paths, classes)}
+    return manifest, parts, [data / "train" / path for paths in photos.values() for path in paths]
 
 
-def fit(model: FineTuned, manifest: dict, parts: dict, args: argparse.Namespace, config: dict) -> None:
-    """Train. After each epoch write last.pt, history.csv and, if it is the best so far, best.pt; then print its row.
+def open_photos(model: FineTuned, pairs: list[tuple[Path, int]], files: list[Path], folder: Path, cache: Path,
+                args: argparse.Namespace) -> Photos:
+    """The photos of these (file, label) pairs, decoded; `files` are all of the folder, which share a store.
 
     Raises:
-        InputError: a photo can't be read, a file can't be written, or the loss is no longer finite.
+        InputError: a photo can't be read, or the disk is full.
     """
-    train, val = parts["train"], parts["val"]
-    pixels = decode([file for file, _ in train + val], args.image_size, args.workers, args.out)
-    labels = torch.tensor([label for _, label in train + val])
-    in_train, in_val = torch.arange(len(labels)).split([len(train), len(val)])
-    write_json(args.out / "config.json", config)  # from here on the folder holds a run
-    write_manifest(manifest, args.out / "split.json")
+    pixels = pixel_store(Path(cache), folder, files, args.image_size)
+    row = {file: row for row, file in enumerate(files)}
+    rows = torch.tensor([row[file] for file, _ in pairs])
+    with first_on_this_machine():
+        decode(files, rows, pixels, args.workers)
+    pixels.check(rows)
+    return Photos(model, pixels, rows, torch.tensor([label for _, label in pairs]))
 
+
+def fit(model: FineTuned, photos: Photos, in_train: torch.Tensor, in_val: torch.Tensor, args: argparse.Namespace,
+        config: dict) -> None:
+    """Train. After each epoch write last.pt, history.csv and, if it is the best so far, best.pt; then print its row.
+
+    Args:
+        in_train, in_val: which of the photos are in which part, int64.
+
+    Raises:
+        InputError: a file can't be written, or the loss is no longer finite.
+    """
+    labels = photos.labels[in_val].cpu()
     optimizer = build_optimizer(model, args.lr_head, args.lr_backbone)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.precision == torch.float16)
-    print("Epoch | Train Loss | Train Acc | Val Loss | Val Acc", flush=True)
+    learner = nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model
+    print("\nEpoch | Train Loss | Train Acc | Val Loss | Val Acc", flush=True)
     history, best = [], None
     for epoch in range(1, args.epochs + 1):
         start = time.perf_counter()
-        order = in_train[epoch_order(len(train), args.seed, epoch)]
-        loader = batches(pixels, labels, order, args.batch_size, model.device, f"epoch {epoch}/{args.epochs}")
-        train_loss, train_acc = train_epoch(model, loader, optimizer, scaler)
+        order, places = draw_epoch(len(in_train), args.seed, epoch)
+        loader = batches(photos, in_train[order], args.batch_size, f"epoch {epoch}/{args.epochs}",
+                         places if args.recipe == "tuned" else None)
+        train_loss, train_acc = train_epoch(learner, loader, optimizer, scaler)
         train_seconds = time.perf_counter() - start
-        loader = batches(pixels, labels, in_val, args.batch_size, model.device, "validation")
-        val_loss, val_acc = loss_and_accuracy(predict(model, loader), labels[in_val])
+        loader = batches(photos, in_val, args.batch_size, "validation")
+        val_loss, val_acc = loss_and_accuracy(predict(model, loader), labels)
         if not math.isfinite(train_loss + val_loss):
             raise InputError(f"the loss of epoch {epoch} is not a finite number: lower --lr-head and --lr-backbone, "
                              f"or try --amp off. Files of earlier epochs are in '{args.out}'")
 
         history.append({"epoch": epoch, "train_loss": train_loss, "train_acc": train_acc, "val_loss": val_loss,
                         "val_acc": val_acc, "lr_head": args.lr_head, "lr_backbone": args.lr_backbone,
-                        "seconds": time.perf_counter() - start, "images_per_second": len(train) / train_seconds})
-        checkpoint = {"format": CHECKPOINT_FORMAT, "architecture": "resnet50", "model": model.network.state_dict(),
-                      **{key: config[key] for key in ("classes", "preprocessing", "options")}, "epoch": epoch,
-                      "history": history, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        save_checkpoint(args.out / "last.pt", checkpoint)
+                        "seconds": time.perf_counter() - start, "images_per_second": len(in_train) / train_seconds})
         if best is None or (val_acc, -val_loss) > (best["val_acc"], -best["val_loss"]):
             best = history[-1]
-            save_checkpoint(args.out / "best.pt", checkpoint)
-        write_csv(args.out / "history.csv", history)
+        if RANK == 0:
+            checkpoint = {"format": CHECKPOINT_FORMAT, "architecture": "resnet50", "model": model.network.state_dict(),
+                          **{key: config[key] for key in ("classes", "preprocessing", "options")}, "epoch": epoch,
+                          "history": history, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            save_checkpoint(args.out / "last.pt", checkpoint)
+            if best is history[-1]:
+                save_checkpoint(args.out / "best.pt", checkpoint)
+            write_csv(args.out / "history.csv", history)
         print(f"{epoch:5} | {train_loss:10.4f} | {train_acc:9.4f} | {val_loss:8.4f} | {val_acc:7.4f}", flush=True)
 
 
-def test(model: FineTuned, photos: list[tuple[Path, int]], args: argparse.Namespace) -> None:
+def test(model: FineTuned, pairs: list[tuple[Path, int]], cache: Path, args: argparse.Namespace) -> None:
     """Score best.pt on the test photos, which nothing has opened so far; write test.json and predictions.csv."""
-    checkpoint = torch.load(args.out / "best.pt", map_location=model.device, weights_only=True)
-    model.network.load_state_dict(checkpoint["model"])
-    classes = checkpoint["classes"]
+    if RANK == 0:
+        checkpoint = torch.load(args.out / "best.pt", map_location="cpu", weights_only=True)
+        model.network.load_state_dict(checkpoint["model"])
+    for tensor in model.network.state_dict().values() if PROCESSES > 1 else ():
+        distributed.broadcast(tensor, 0)
     try:
-        pixels = decode([file for file, _ in photos], args.image_size, args.workers, args.out)
+        photos = open_photos(model, pairs, [file for file, _ in pairs], args.data / "val", cache, args)
     except InputError as error:
         raise InputError(f"{error}. Training is done, and its best epoch is safe in '{args.out / 'best.pt'}'") from None
-    labels = torch.tensor([label for _, label in photos])
-    logits = predict(model, batches(pixels, labels, torch.arange(len(photos)), args.batch_size, model.device, "test"))
+    logits = predict(model, batches(photos, torch.arange(len(pairs)), args.batch_size, "test"))
+    if RANK > 0:
+        return
 
+    classes, labels = checkpoint["classes"], photos.labels.cpu()
     report = {"epoch": checkpoint["epoch"], **test_report(logits, labels, classes)}
     write_json(args.out / "test.json", report)
     confidence, predicted = logits.softmax(1).max(1)
     write_csv(args.out / "predictions.csv", [
         {"path": file.relative_to(args.data / "val").as_posix(), "label": classes[label],
          "predicted": classes[guess], "confidence": f"{share:.6f}"}
-        for (file, label), guess, share in zip(photos, predicted.tolist(), confidence.tolist())])
+        for (file, label), guess, share in zip(pairs, predicted.tolist(), confidence.tolist())])
     print_report(report)
 
 
 def main(args: argparse.Namespace) -> None:
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # one process prints
+    if PROCESSES > 1 and args.no_cache:
+        raise InputError("--no-cache: several processes share decoded photos in the cache; give --cache DIR instead")
+
     # Photos and split: which file is in which part, with which label.
-    manifest, parts = load_split(args)
-    classes = manifest["classes"]
+    manifest, parts, files = load_split(args)
+    classes, count = manifest["classes"], len(parts["train"])
+    if PROCESSES > (smallest := count // math.ceil(count / args.batch_size)):
+        raise InputError(f"{PROCESSES} processes can't share steps of {smallest} photos: raise --batch-size")
 
     # Network and precision.
     device = pick_device(args.device)
     precision = pick_precision(args.amp, device)
+    synchronise = PROCESSES > 1 and not holds_batchnorm(args)
+    if synchronise and device.type == "cpu":
+        raise InputError("--recipe reference and --weights none learn BatchNorm's statistics, which torch can't average over "
+                         "several CPU processes: use one process")
+    if PROCESSES > 1:
+        join_processes(device)
     torch.backends.cudnn.deterministic = True  # the same seed, the same run
     torch.manual_seed(args.seed)  # for the first weights of fc
-    network = build_network(args.weights, len(classes)).to(device, memory_format=layout(device))
-    model = FineTuned(network, args.freeze, precision)
+    with first_on_this_machine():
+        network = build_network(args.weights, len(classes)).to(device, memory_format=layout(device))
+    model = FineTuned(network, args.freeze, precision, holds_batchnorm(args))
+    if synchronise:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
 
     # What is going to happen, on the screen and in the run's folder.
-    args.out = claim_folder(args.out)
-    args.workers = args.workers or torch.get_num_threads()
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    args.workers = args.workers or len(cores)
+    args.out = claim_folder(args.out) if RANK == 0 else args.out or Path("runs")
     config = {"options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-              "classes": classes, "photos": {part: len(photos) for part, photos in parts.items()},
+              "classes": classes, "photos": {part: len(pairs) for part, pairs in parts.items()},
               "preprocessing": {"image_size": args.image_size, "resize": "squash", "interpolation": "bilinear",
                                 "mean": list(MEAN), "std": list(STD)},
-              **machine(device, precision), **parameter_counts(network)}
+              "trainable_parameters": sum(value.numel() for value in network.parameters() if value.requires_grad),
+              "frozen_parameters": sum(value.numel() for value in network.parameters() if not value.requires_grad),
+              **machine(device, precision)}
     print_banner(config)
 
-    # Epochs, then the test of the best one.
-    fit(model, manifest, parts, args, config)
-    test(model, parts["test"], args)
+    # Pixels, and the trunk's maps of them.
+    passing = tempfile.TemporaryDirectory(dir=args.out, ignore_cleanup_errors=True) if args.no_cache else None
+    with passing or nullcontext(args.cache) as cache:
+        photos = open_photos(model, parts["train"] + parts["val"], files, args.data / "train", cache, args)
+        in_train, in_val = torch.arange(len(photos.rows)).split([len(parts["train"]), len(parts["val"])])
+        config["trunk"] = photos.keep(args.freeze, args.cache_gb)
+        print(f"Trunk       {config['trunk']}", flush=True)
+
+        # Epochs, then the test of the best one.
+        if RANK == 0:
+            write_json(args.out / "config.json", config)  # from here on the folder holds a run
+            write_manifest(manifest, args.out / "split.json")
+        fit(model, photos, in_train, in_val, args, config)
+        test(model, parts["test"], cache, args)
     print(f"\nCheckpoints, history and predictions: {args.out}")
+    if PROCESSES > 1:
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -14,46 +14,12 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
-from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmark_training import one_pass  # noqa: E402
 from dataset_split import add_split_options, find_data, labelled, list_photos, split  # noqa: E402
-from Q3 import MEAN, STD, build_network  # noqa: E402
-
-
-class Photos(torch.utils.data.Dataset):
-    prepare = transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        file, label = self.items[index]
-        return self.prepare(Image.open(file).convert("RGB")), label
-
-
-def one_pass(model, items, optimizer=None) -> tuple[float, float]:
-    """Mean loss and accuracy of a pass over the photos, one that trains if there is an optimiser."""
-    model.train(optimizer is not None)
-    loss_sum = correct = 0
-    with torch.set_grad_enabled(optimizer is not None):
-        for images, labels in DataLoader(Photos(items), batch_size=64, shuffle=optimizer is not None):
-            logits = model(images.contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits, labels)
-            if optimizer is not None:
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            loss_sum += loss.item() * len(labels)
-            correct += (logits.argmax(1) == labels).sum().item()
-    return loss_sum / len(items), correct / len(items)
+from Q3 import build_network, pick_device  # noqa: E402
 
 
 def main() -> None:
@@ -70,21 +36,22 @@ def main() -> None:
     test = labelled(data / "val", sum(list_photos(data / "val").values(), []), manifest["classes"])
     print(f"{len(train):,} training, {len(val):,} validation, {len(test):,} test photos")
 
+    device = pick_device("auto")
     torch.manual_seed(args.seed)
-    model = build_network(args.weights, len(manifest["classes"])).to(memory_format=torch.channels_last).requires_grad_(False)
+    model = build_network(args.weights, len(manifest["classes"])).to(device).requires_grad_(False)
     nn.ModuleList([model.layer4, model.fc]).requires_grad_(True)
     optimizer = torch.optim.Adam([{"params": model.fc.parameters(), "lr": 1e-3}, {"params": model.layer4.parameters(), "lr": 1e-4}])
 
     print("Epoch | Train Loss | Train Acc | Val Loss | Val Acc")
     best_accuracy, best_state = -1, None
     for epoch in range(1, args.epochs + 1):
-        train_loss, train_acc = one_pass(model, train, optimizer)
-        val_loss, val_acc = one_pass(model, val)
+        train_loss, train_acc = one_pass(model, [], train, device, optimizer)
+        val_loss, val_acc = one_pass(model, [], val, device)
         print(f"{epoch:5} | {train_loss:10.4f} | {train_acc:9.4f} | {val_loss:8.4f} | {val_acc:7.4f}", flush=True)
         if val_acc > best_accuracy:
             best_accuracy, best_state = val_acc, copy.deepcopy(model.state_dict())
     model.load_state_dict(best_state)
-    print("Test of the best epoch: loss {:.4f}, accuracy {:.4f}".format(*one_pass(model, test)))
+    print("Test of the best epoch: loss {:.4f}, accuracy {:.4f}".format(*one_pass(model, [], test, device)))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,12 @@ def draw_data(folder: Path, train: int = 10, val: int = 4, classes=COLOURS) -> P
     return folder
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Where runs/, splits/ and .cache/ of a test end up."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def data(tmp_path) -> Path:
     """A fresh data folder of three classes with 10 training and 4 test photos each; a test may spoil it."""
@@ -51,12 +57,14 @@ def shared_data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory) -> Path:
-    """A state dict of a ResNet50 with random weights, its BatchNorm statistics away from their defaults."""
+    """A state dict of a ResNet50 with random weights, and with the BatchNorm statistics that go with them."""
     torch.manual_seed(7)
     network = Q3.resnet50(weights=None)
-    for name, buffer in network.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
-            buffer.add_(0.1 * torch.rand_like(buffer))
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        network.train()(torch.randn(16, 3, 64, 64))
     file = tmp_path_factory.mktemp("weights") / "resnet50.pth"
     torch.save(network.state_dict(), file)
     return file

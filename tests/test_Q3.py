@@ -5,6 +5,9 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from urllib.error import URLError
@@ -21,7 +24,7 @@ import dataset_split
 import Q3
 from conftest import COLOURS, ROOT, call, draw_data, draw_photo, type_command
 
-QUICK = ("--weights", "none", "--fraction", 1.0, "--image-size", 32, "--epochs", 1, "--batch-size", 8, "--device", "cpu", "--workers", 1)
+QUICK = ("--weights", "none", "--fraction", 1.0, "--image-size", 32, "--epochs", 1, "--batch-size", 8, "--device", "cpu", "--amp", "off", "--workers", 1)
 CPU = torch.device("cpu")
 
 
@@ -29,12 +32,35 @@ def load(file: Path) -> dict:
     return torch.load(file, weights_only=True)
 
 
+def decoded(files: list[Path], size: int, workers: int = 1) -> torch.Tensor:
+    store = Q3.pixel_store(Path("decoded"), files[0].parent, files, size)
+    Q3.decode(files, torch.arange(len(files)), store, workers)
+    return store[torch.arange(len(files))]
+
+
+def a_store(name: str, rows: int, *shape: int, dtype: torch.dtype = torch.uint8) -> Q3.Store:
+    return Q3.Store(Path("stores"), name, ("facts",), rows, shape, dtype)
+
+
+def photos_of(pixels: torch.Tensor, labels: torch.Tensor, freeze: int = 6) -> Q3.Photos:
+    """Photos with these pixels, and a new network to look at them."""
+    store = a_store("pixels", len(pixels), *pixels.shape[1:])
+    store.write(torch.arange(len(pixels)), pixels)
+    torch.manual_seed(0)
+    model = Q3.FineTuned(Q3.build_network("none", 4), freeze)
+    return Q3.Photos(model, store, torch.arange(len(pixels)), labels)
+
+
+def normalised(pixels: torch.Tensor) -> torch.Tensor:
+    return (pixels.permute(0, 3, 1, 2) / 255 - torch.tensor(Q3.MEAN).view(3, 1, 1)) / torch.tensor(Q3.STD).view(3, 1, 1)
+
+
 @pytest.fixture(scope="module")
 def run(shared_data, weights, tmp_path_factory):
     """One whole job, typed as a user would: what it printed and the folder it left behind."""
     out = tmp_path_factory.mktemp("run") / "first"
     done = type_command("Q3.py", "--data", shared_data, "--weights", weights, "--fraction", 1.0, "--image-size", 64, "--epochs", 3,
-                        "--batch-size", 10, "--seed", 1, "--device", "cpu", "--out", out, cwd=out.parent)
+                        "--batch-size", 10, "--seed", 1, "--device", "cpu", "--amp", "off", "--out", out, cwd=out.parent)
     assert done.returncode == 0, done.stderr
     return done, out
 
@@ -142,9 +168,9 @@ def test_best_epoch_is_kept_and_is_the_one_that_is_tested(quick_run, monkeypatch
 
 def test_job_trains_on_the_training_photos_alone_and_in_another_order_each_epoch(quick_run, monkeypatch):
     passes = []
-    def recorded(pixels, labels, order, *rest, batches=Q3.batches):
-        passes.append(order.tolist())
-        return batches(pixels, labels, order, *rest)
+    def recorded(photos, which, *rest, batches=Q3.batches):
+        passes.append(which.tolist())
+        return batches(photos, which, *rest)
     monkeypatch.setattr(Q3, "batches", recorded)
     quick_run("out", "--epochs", 2)
     first, val, second, val_again, test_pass = passes
@@ -168,15 +194,14 @@ def test_history_has_the_validation_result_of_the_photos_in_split_json(run, shar
 def test_training_steps_are_those_of_the_plain_loop():
     """Three steps of Adam on a linear layer, written out."""
     torch.manual_seed(0)
-    pixels, labels = torch.randint(0, 256, (12, 4, 4, 3), dtype=torch.uint8), torch.randint(0, 3, (12,))
+    steps = [(torch.randn(4, 3, 4, 4), torch.randint(0, 3, (4,)), 4) for _ in range(3)]
     ours, plain = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
     plain.load_state_dict(ours.state_dict())
-    Q3.train_epoch(ours, Q3.batches(pixels, labels, torch.arange(12), 4, CPU, ""), torch.optim.Adam(ours.parameters(), 0.01),
-                   torch.amp.GradScaler("cpu", enabled=False))
+    Q3.train_epoch(ours, steps, torch.optim.Adam(ours.parameters(), 0.01), torch.amp.GradScaler("cpu", enabled=False))
     optimizer = torch.optim.Adam(plain.parameters(), 0.01)
-    for images, batch_labels in Q3.batches(pixels, labels, torch.arange(12), 4, CPU, ""):
+    for images, labels, _ in steps:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(plain(images), batch_labels).backward()
+        nn.functional.cross_entropy(plain(images), labels).backward()
         optimizer.step()
     assert torch.allclose(ours[1].weight, plain[1].weight, atol=1e-6)
 
@@ -211,9 +236,10 @@ def test_test_photos_are_first_read_when_training_is_over(small_network, data, t
 def test_frozen_children_stay_bit_identical_and_all_others_move(run, weights, file):
     before, after = load(weights), load(run[1] / file)["model"]
     assert before.keys() == after.keys()
-    for name in before:
+    for name in (name for name in before if not name.endswith("num_batches_tracked")):
         frozen = name.split(".")[0] in ("conv1", "bn1", "layer1", "layer2")
-        assert frozen == torch.equal(before[name], after[name]), name
+        held = "running_" in name  # by the tuned recipe, in all layers
+        assert (frozen or held) == torch.equal(before[name], after[name]), name
 
 
 @pytest.mark.parametrize("freeze", range(10))
@@ -234,61 +260,88 @@ def test_default_freeze_lets_layer3_layer4_and_fc_learn():
     assert {name.split(".")[0] for name, parameter in network.named_parameters() if parameter.requires_grad} == {"layer3", "layer4", "fc"}
 
 
-def test_trunk_stays_in_eval_mode_and_builds_no_graph():
+def test_frozen_children_stay_in_eval_mode_and_build_no_graph():
     model = Q3.FineTuned(Q3.build_network("none", 3), 6)
     for mode in (True, False, True):
         model.train(mode)
-        assert not any(module.training for module in model.trunk.modules())
-        assert all(module.training == mode for module in (*model.backbone.modules(), model.head))
-    seen = []
-    model.backbone[0].register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
-    model(torch.randn(2, 3, 64, 64, requires_grad=True))
-    (features, output), = seen
-    assert not features.requires_grad and output.requires_grad
+        assert not any(module.training for child in list(model.network.children())[:6] for module in child.modules())
+        assert all(module.training == mode for module in model.backbone.modules())
+    maps = model.maps(torch.zeros(2, 64, 64, 3, dtype=torch.uint8))
+    assert maps.shape == (2, 512, 8, 8) and not maps.requires_grad and model(maps).requires_grad
+    assert not any(parameter.requires_grad for parameter in model.trunk.parameters())
 
 
-def test_the_cut_network_computes_what_the_whole_one_does():
-    network = Q3.build_network("none", 5).eval()
-    images = torch.randn(2, 3, 64, 64)
-    for freeze in (0, 6, 9):
-        assert torch.equal(Q3.FineTuned(network, freeze).eval()(images), network(images))
+def test_held_batchnorm_keeps_its_statistics_and_learns_scale_and_shift(small_network):
+    model = Q3.FineTuned(Q3.build_network("none", 3), 6, hold_batchnorm=True)
+    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    optimizer, maps = Q3.build_optimizer(model, 0.1, 0.1), torch.randn(4, 512, 8, 8)
+    Q3.train_epoch(model, [(maps, torch.tensor([0, 1, 2, 0]), 4)], optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(value, before[name]) == ("running" in name or "num_batches" in name), name
 
 
-def test_metrics_do_not_depend_on_the_batches():
-    torch.manual_seed(0)
-    pixels, labels = torch.randint(0, 256, (23, 8, 8, 3), dtype=torch.uint8), torch.randint(0, 4, (23,))
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
-    images = (pixels.permute(0, 3, 1, 2) / 255 - torch.tensor(Q3.MEAN).view(3, 1, 1)) / torch.tensor(Q3.STD).view(3, 1, 1)
-    expected = nn.functional.cross_entropy(model(images), labels).item(), (model(images).argmax(1) == labels).float().mean().item()
+def test_statistics_of_batchnorm_are_held_by_the_tuned_recipe_if_there_are_any(quick_run):
+    torch.save(Q3.resnet50().state_dict(), "small.pth")
+    for recipe, spec, held in (("reference", "small.pth", False), ("tuned", "small.pth", True), ("tuned", "none", False)):
+        state = load(quick_run(f"{recipe}-{spec}", "--recipe", recipe, "--weights", spec) / "last.pt")["model"]
+        assert bool((state["layer4.0.bn1.running_mean"] == 0).all()) == held, (recipe, spec)
+
+
+@pytest.mark.parametrize("freeze", range(10))
+def test_the_cut_network_computes_what_the_whole_one_does(weights, freeze):
+    """Also with every BatchNorm of the trunk folded into the convolution before it."""
+    network = Q3.build_network(str(weights), 5).eval()
+    model = Q3.FineTuned(network, freeze).eval()
+    pixels = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.trunk.modules()) or freeze == 0
+    with torch.no_grad():
+        assert torch.allclose(model(model.maps(pixels)), network(normalised(pixels)), rtol=1e-4, atol=1e-4)
+
+
+def test_metrics_do_not_depend_on_the_batches(small_network):
+    pixels, labels = torch.randint(0, 256, (23, 32, 32, 3), dtype=torch.uint8), torch.randint(0, 4, (23,))
+    photos = photos_of(pixels, labels)
+    model = photos.model
+    model.hold_batchnorm = True
+    logits = model.network.eval()(normalised(pixels)).detach()
+    expected = nn.functional.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
     standing_still, scaler = torch.optim.SGD(model.parameters(), lr=0.0), torch.amp.GradScaler("cpu", enabled=False)
     for batch_size in (1, 3, 7, 22, 64):
-        loader = Q3.batches(pixels, labels, torch.randperm(23), batch_size, CPU, "")
+        loader = Q3.batches(photos, torch.randperm(23), batch_size, "")
         assert Q3.train_epoch(model, loader, standing_still, scaler) == pytest.approx(expected, abs=1e-5)
-        logits = Q3.predict(model, Q3.batches(pixels, labels, torch.arange(23), batch_size, CPU, ""))
+        logits = Q3.predict(model, Q3.batches(photos, torch.arange(23), batch_size, ""))
         assert Q3.loss_and_accuracy(logits, labels) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("photos, batch_size, sizes", [
     (65, 64, [33, 32]), (128, 64, [64, 64]), (5, 64, [5]), (1999, 64, [63] * 15 + [62] * 17), (3, 1, [1, 1, 1])])
 def test_batches_share_the_photos_evenly(photos, batch_size, sizes):
-    pixels, labels = torch.zeros(photos, 2, 2, 3, dtype=torch.uint8), torch.arange(photos)
-    seen = [batch for _, batch in Q3.batches(pixels, labels, torch.arange(photos).flip(0), batch_size, CPU, "")]
-    assert [len(batch) for batch in seen] == sizes
-    assert torch.equal(torch.cat(seen), torch.arange(photos).flip(0))
+    class Looked:
+        def look(self, which, places):
+            return places, which
+    which, places = torch.arange(photos).flip(0), torch.rand(photos, 2)
+    seen = list(Q3.batches(Looked(), which, batch_size, "", places))
+    assert [len(labels) for _, labels, _ in seen] == [count for *_, count in seen] == sizes
+    assert torch.equal(torch.cat([labels for _, labels, _ in seen]), which)
+    assert torch.equal(torch.cat([places for places, *_ in seen]), places)
 
 
-def test_every_epoch_shuffles_anew_and_the_same_way_each_time():
-    orders = {(seed, epoch): tuple(Q3.epoch_order(50, seed, epoch).tolist()) for seed in (0, 1) for epoch in (1, 2)}
-    assert len(set(orders.values())) == 4 and all(sorted(order) == list(range(50)) for order in orders.values())
+def test_every_epoch_shuffles_and_crops_anew_and_the_same_way_each_time():
+    def drawn(seed, epoch):
+        order, places = Q3.draw_epoch(50, seed, epoch)
+        assert sorted(order.tolist()) == list(range(50)) and 0 <= places.min() <= places.max() < 1
+        return tuple(order.tolist()), tuple(places.flatten().tolist())
+    draws = {(seed, epoch): drawn(seed, epoch) for seed in (0, 1) for epoch in (1, 2)}
+    assert len({order for order, _ in draws.values()}) == len({places for _, places in draws.values()}) == 4
     torch.manual_seed(99)
-    assert orders[0, 1] == tuple(Q3.epoch_order(50, 0, 1).tolist())
+    assert draws[0, 1] == drawn(0, 1)
 
 
 def test_same_seed_same_run(quick_run, capsys):
     def printed(*names_and_flags):
         out = quick_run(*names_and_flags)
         text = capsys.readouterr().out
-        return text[text.index("Epoch |"):text.index("Checkpoints")], load(out / "last.pt")["model"]
+        return re.findall(r"^.*\|.*$", text, re.MULTILINE), load(out / "last.pt")["model"]
     first, again, other = printed("a", "--epochs", 2), printed("b", "--epochs", 2), printed("c", "--epochs", 2, "--seed", 1)
     assert first[0] == again[0] != other[0]
     assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
@@ -394,10 +447,10 @@ def test_odd_metadata_is_no_reason_to_refuse_a_photo_nor_to_warn(tmp_path, recwa
     (tmp_path / "b.jpg").write_bytes((tmp_path / "b.jpg").read_bytes().replace(b"maker", b"\xff" * 5).replace(b"\x0f\x01\x02", b"\x0f\x01\x05"))
     image.save(tmp_path / "c.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     image.save(tmp_path / "d.png", exif=b"Exif\0\0no TIFF at all")
-    pixels = Q3.decode([tmp_path / name for name in ("a.png", "b.jpg", "c.jpg", "d.png")], 40, 1, tmp_path)
+    pixels = decoded([tmp_path / name for name in ("a.png", "b.jpg", "c.jpg", "d.png")], 40)
     assert np.allclose(pixels[0, 20, 8], (200, 40, 60), atol=30) and np.allclose(pixels[2:, 20, 8], (200, 40, 60), atol=30)
     assert np.allclose(pixels[1, 20, 32], (200, 40, 60), atol=30), "turned as the part of EXIF that can be read says"
-    assert not recwarn.list
+    assert not [warning for warning in recwarn if warning.category is not ResourceWarning]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -416,19 +469,214 @@ def test_a_batch_is_what_torchvisions_transforms_make_of_the_photo(tmp_path):
     draw_photo(tmp_path / "x.jpg", (200, 60, 40), seed=3, size=(90, 50))
     prepare = transforms.Compose([transforms.Resize((64, 64)), transforms.ToTensor(), transforms.Normalize(
         torchvision.models.ResNet50_Weights.DEFAULT.transforms().mean, torchvision.models.ResNet50_Weights.DEFAULT.transforms().std)])
-    pixels = Q3.decode([tmp_path / "x.jpg"], 64, 1, tmp_path)
-    (images, labels), = Q3.batches(pixels, torch.tensor([4]), torch.tensor([0]), 64, CPU, "")
+    photos = photos_of(decoded([tmp_path / "x.jpg"], 64), torch.tensor([4]), freeze=0)  # without a trunk its input is seen
+    (images, labels, _), = Q3.batches(photos, torch.tensor([0]), 64, "")
     assert torch.allclose(images[0], prepare(Image.open(tmp_path / "x.jpg")), atol=1e-5) and labels.tolist() == [4]
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_decoding_keeps_the_order_and_leaves_no_file(tmp_path):
-    files = [tmp_path / f"{index}.png" for index in range(40)]
+def test_decoding_keeps_the_order(tmp_path):
+    files = [tmp_path / f"{index}.png" for index in range(80)]
     for index, file in enumerate(files):
         Image.new("RGB", (9, 5), (index, 2 * index, 3)).save(file)
-    pixels = Q3.decode(files, 32, 2, tmp_path)
-    assert pixels.shape == (40, 32, 32, 3) and pixels[:, 7, 7].tolist() == [[index, 2 * index, 3] for index in range(40)]
-    assert len(os.listdir(tmp_path)) == 40
+    pixels = decoded(files, 32, workers=2)
+    assert pixels.shape == (80, 32, 32, 3) and pixels[:, 7, 7].tolist() == [[index, 2 * index, 3] for index in range(80)]
+
+
+# -- pixels and maps that are kept ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
+def test_store_gives_back_what_was_written_in_any_order(dtype):
+    values = (torch.rand(6, 3, 5) * 200).to(dtype)
+    store = a_store("x", 6, 3, 5, dtype=dtype)
+    store.write(torch.tensor([4, 1]), values[[4, 1]])
+    again = a_store("x", 6, 3, 5, dtype=dtype)  # the next run, or another at the same time
+    assert again.missing(torch.arange(6)).tolist() == [True, False, True, True, False, True]
+    again.write(torch.tensor([0, 4]), values[[0, 4]])
+    assert store.missing(torch.tensor([5, 0])).tolist() == [True, False]
+    assert torch.equal(store[torch.tensor([1, 4, 0, 1])], values[[1, 4, 0, 1]])
+
+
+def test_row_counts_as_written_only_when_it_is_on_the_disk(monkeypatch):
+    store = a_store("x", 4, 8)
+    store.write(torch.tensor([0]), torch.ones(1, 8, dtype=torch.uint8))
+    def killed(descriptor):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.write(torch.tensor([1, 2]), torch.ones(2, 8, dtype=torch.uint8))
+    assert a_store("x", 4, 8).missing(torch.arange(4)).tolist() == [False, True, True, True]
+
+
+def test_store_deletes_its_outdated_namesakes_and_nothing_else():
+    old, others = a_store("maps-1a", 2, 3).file, ["maps-paris.pdf", "maps-1a-notes", f"maps-1b-{'0' * 16}", f"maps-1a-{'0' * 16}.jpg"]
+    for name in others:
+        Path("stores", name).touch()
+    new = Q3.Store(Path("stores"), "maps-1a", ("other facts",), 2, (3,), torch.uint8).file
+    assert sorted(os.listdir("stores")) == sorted([new.name, *others]) and old != new
+
+
+def test_store_that_another_run_deleted_is_noticed():
+    store, rows = a_store("x", 2, 3), torch.arange(2)
+    store.write(rows, torch.ones(2, 3, dtype=torch.uint8))
+    store.check(rows)
+    store.file.unlink()
+    assert store[rows].sum() == 6, "what is open stays open"
+    with pytest.raises(dataset_split.InputError, match="deleted by another run"):
+        a_store("x", 2, 3).check(rows)
+
+
+def test_second_run_decodes_nothing_and_computes_no_map_of_a_kept_photo(quick_run, data, monkeypatch, capsys):
+    first = quick_run("first", data=data)
+    assert re.search(r"^Decoding +30 photos", text := capsys.readouterr().out, re.MULTILINE) and "Trunk maps  30 photos" in text
+    monkeypatch.setattr(Q3, "read_photo", None)
+    second = quick_run("second", data=data)
+    assert "Decoding" not in (text := capsys.readouterr().out) and "Trunk maps" not in text
+    assert (second / "predictions.csv").read_text() == (first / "predictions.csv").read_text()
+
+
+def test_larger_subset_and_other_seed_decode_only_what_is_new(quick_run, data, capsys):
+    for flags, new in ((("--fraction", 0.5), ["15"]), (("--fraction", 1.0), ["15"]), (("--seed", 5), [])):
+        quick_run(f"run{flags[1]}", *flags, data=data)
+        assert re.findall(r"^Decoding +(\d+) photos", capsys.readouterr().out.split("Epoch |")[0], re.MULTILINE) == new
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda data: draw_photo(data / "train" / "Aves" / "03.jpg", (0, 0, 0), 77),
+    lambda data: os.utime(data / "train" / "Aves" / "03.jpg", (1, 1)),
+    lambda data: (data / "train" / "Aves" / "03.jpg").unlink(),
+    lambda data: draw_photo(data / "train" / "Aves" / "new.jpg", (0, 0, 0), 77)])
+def test_changed_photos_are_decoded_again(data, spoil):
+    def store():
+        return Q3.pixel_store(Path("cache"), data / "train", sorted((data / "train").rglob("*.jpg")), 32).file
+    first, other_size = store(), Q3.pixel_store(Path("cache"), data / "train", sorted((data / "train").rglob("*.jpg")), 40).file
+    assert first == store() and first.exists()
+    spoil(data)
+    assert first != store() and other_size.exists()
+    assert not first.exists(), "what is out of date is not left to fill the disk"
+
+
+def test_maps_of_another_trunk_are_not_taken_for_ours(small_network):
+    def file(seed=0, freeze=6, precision=torch.float32, photos=3):
+        torch.manual_seed(seed)
+        model = Q3.FineTuned(Q3.build_network("none", 4), freeze, precision)
+        photos = Q3.Photos(model, a_store("pixels", 3, 32, 32, 3), torch.arange(photos), torch.zeros(photos))
+        assert photos.keep(freeze, 10.0).startswith("computed once")
+        return photos.kept.file
+    assert file() == file() and len({file(), file(seed=1), file(freeze=7), file(precision=torch.bfloat16), file(photos=2)}) == 5
+    assert len(list(Path("stores").glob("maps-*"))) <= 1, "the maps of one run at most are kept"
+
+
+@pytest.mark.parametrize("recipe", ["reference", "tuned"])
+def test_kept_maps_and_computed_ones_train_alike(quick_run, capsys, recipe):
+    """To the bit, if the whole photo is looked at; a crop of a map differs from the map of a crop at its borders."""
+    kept, computed = (quick_run(name, "--recipe", recipe, "--amp", "off", "--cache-gb", limit) for name, limit in (("kept", 10), ("computed", 0)))
+    assert re.search(r"Trunk +computed once.*\n.*Trunk +computed in every step \(its maps would take 0.0 GB, see --cache-gb\)", capsys.readouterr().out, re.DOTALL)
+    assert json.loads((kept / "config.json").read_text())["trunk"].startswith("computed once")
+    same = (kept / "predictions.csv").read_text() == (computed / "predictions.csv").read_text()
+    assert same == (recipe == "reference")
+
+
+@pytest.mark.parametrize("freeze, free, words", [(6, 10**9, "computed once"), (6, 10**4, "the disk of --cache is too full"), (4, 10**9, "every step")])
+def test_maps_are_kept_where_there_is_room_and_they_are_worth_it(small_network, monkeypatch, freeze, free, words):
+    photos = photos_of(torch.zeros(3, 32, 32, 3, dtype=torch.uint8), torch.zeros(3, dtype=torch.long), freeze)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, free))
+    assert words in photos.keep(freeze, 10.0) and (photos.kept is not None) == (words == "computed once")
+    if photos.kept is not None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 0))
+        assert words in photos.keep(freeze, 10.0), "what is there already needs no more room"
+
+
+def test_crop_of_a_map_is_the_map_of_a_crop_but_for_its_borders(small_network):
+    photos = photos_of(torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8), torch.zeros(2, dtype=torch.long))
+    which, places = torch.tensor([1, 0]), torch.tensor([[0.5, 0.99], [0.0, 0.3]])  # of 0 to 8 places down and right: 4, 8 and 0, 2
+    corners = [(32, 64), (0, 16)]
+    crops = torch.stack([photos.pixels[which][k][top:top + 160, left:left + 160] for k, (top, left) in enumerate(corners)])
+    from_pixels = photos.model.maps(crops)
+    photos.keep(6, 10.0)
+    from_maps, _ = photos.look(which, places)
+    assert from_maps.shape == from_pixels.shape == (2, 512, 20, 20) and from_maps.is_contiguous(memory_format=torch.channels_last)
+    inner = (slice(None), slice(None), slice(8, 12), slice(8, 12))
+    assert torch.allclose(from_maps[inner], from_pixels[inner], atol=1e-5) and not torch.allclose(from_maps, from_pixels, atol=1e-5)
+
+
+def test_crops_reach_every_corner_and_show_what_lies_there():
+    photo = torch.arange(49).view(1, 7, 7, 1)
+    places = torch.rand(4000, 2, generator=torch.Generator().manual_seed(0))
+    crops = Q3.cut(photo.expand(4000, -1, -1, -1), places)
+    assert crops.shape == (4000, 5, 5, 1)
+    corners, counts = crops[:, 0, 0, 0].unique(return_counts=True)
+    assert corners.tolist() == [0, 1, 2, 7, 8, 9, 14, 15, 16] and counts.min() > 350
+    assert torch.equal(crops[:, :, :, 0] - crops[:, :1, :1, 0], photo[:, :5, :5, 0].expand(4000, 5, 5))
+    assert Q3.cut(torch.stack([photo[0], 100 + photo[0]]), torch.zeros(2, 2))[:, 0, 0, 0].tolist() == [0, 100]
+    assert Q3.cut(photo[:, :1, :1], places[:1]).shape == (1, 1, 1, 1)
+
+
+def test_test_and_validation_photos_are_seen_whole(quick_run, monkeypatch):
+    looks = []
+    def recorded(self, which, places=None, look=Q3.Photos.look):
+        looks.append((len(which), places is not None))
+        return look(self, which, places)
+    monkeypatch.setattr(Q3.Photos, "look", recorded)
+    quick_run("out", "--batch-size", 100)
+    assert looks == [(1, False), (30, False), (24, True), (6, False), (12, False)]
+    looks.clear()
+    quick_run("reference", "--batch-size", 100, "--recipe", "reference")
+    assert looks == [(1, False), (24, False), (6, False), (12, False)]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+def test_memory_does_not_hold_the_rows_that_are_not_in_use():
+    store = a_store("x", 64, 1000, 1000)
+    for row in range(64):
+        store.write(torch.tensor([row]), torch.full((1, 1000, 1000), row, dtype=torch.uint8))
+    def megabytes():
+        return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1000
+    before = megabytes()
+    assert all(store[torch.tensor([row])][0, 0, 0] == row for row in range(64))
+    assert megabytes() - before < 16
+
+
+def test_no_cache_leaves_nothing_behind(quick_run, tmp_path, capsys):
+    out = quick_run("out", "--no-cache")
+    assert "Trunk maps  30 photos" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("pixels-*")) and sorted(os.listdir(out)) == sorted(Q3.RUN_FILES)
+
+
+def test_data_folder_is_only_read_and_the_cache_may_lie_elsewhere(quick_run, data, tmp_path):
+    def tree():
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in (data, *data.rglob("*"))}
+    before = tree()
+    for folder in before:
+        folder.chmod(0o555)
+    quick_run("out", "--cache", tmp_path / "elsewhere", data=data)
+    assert before == tree()
+    assert len(list((tmp_path / "elsewhere").glob("*-*"))) == 3 and not (tmp_path / ".cache").exists()
+
+
+def test_two_runs_at_once_share_a_cache(shared_data, weights, tmp_path):
+    command = [sys.executable, ROOT / "Q3.py", "--data", shared_data, "--weights", weights, *QUICK[2:], "--cache", "cache", "--out"]
+    both = [subprocess.Popen(list(map(str, [*command, name])), stdout=subprocess.DEVNULL) for name in ("one", "two")]
+    assert [running.wait(timeout=240) for running in both] == [0, 0]
+    subprocess.run(list(map(str, [*command, "alone", "--no-cache"])), check=True, stdout=subprocess.DEVNULL)
+    assert Path("one/predictions.csv").read_text() == Path("two/predictions.csv").read_text() == Path("alone/predictions.csv").read_text()
+
+
+def test_killed_while_decoding_the_next_run_goes_on(quick_run, data, monkeypatch, capsys):
+    monkeypatch.setattr(Q3, "QUIET", True)
+    def killed_at_the_end(self, rows, values, write=Q3.Store.write):
+        write(self, rows[:20], values[:20])
+        raise KeyboardInterrupt
+    with monkeypatch.context() as killing:
+        killing.setattr(Q3.Store, "write", killed_at_the_end)
+        assert call("Q3.py", "--data", data, *QUICK, "--out", "killed") == 130
+    quick_run("again", data=data)
+    assert "Decoding    10 photos" in capsys.readouterr().out
+
+
+def test_cache_that_cannot_be_a_folder(small_network, shared_data, tmp_path, refused):
+    (tmp_path / "file").touch()
+    assert "--cache DIR" in refused("Q3.py", "--data", shared_data, *QUICK, "--cache", tmp_path / "file", "--out", tmp_path / "out")
 
 
 # -- the test's figures -----------------------------------------------------------------------------------------------
@@ -455,7 +703,7 @@ def options_of(out: Path) -> dict:
 
 
 FLAGS = {  # flag: (value, what the run folder then shows)
-    "--data": (None, lambda out: "test_each_flag" in options_of(out)["data"]),
+    "--data": (None, lambda out: json.loads((out / "config.json").read_text())["photos"]["test"] == 11),
     "--fraction": (0.5, lambda out: json.loads((out / "config.json").read_text())["photos"]["train"] == 12),
     "--val-fraction": (0.5, lambda out: json.loads((out / "config.json").read_text())["photos"]["val"] == 15),
     "--seed": (5, lambda out: json.loads((out / "split.json").read_text())["seed"] == 5),
@@ -466,10 +714,13 @@ FLAGS = {  # flag: (value, what the run folder then shows)
     "--lr-head": (0.01, lambda out: load(out / "last.pt")["optimizer"]["param_groups"][0]["lr"] == 0.01),
     "--lr-backbone": (0.02, lambda out: load(out / "last.pt")["optimizer"]["param_groups"][1]["lr"] == 0.02),
     "--amp": ("bf16", lambda out: json.loads((out / "config.json").read_text())["precision"] == "bfloat16"),
-    "--recipe": ("reference", lambda out: options_of(out)["recipe"] == "reference"),
+    "--recipe": ("reference", lambda out: read_csv(out / "history.csv")[0]["train_loss"] !=
+                 read_csv(out.parent / "plain" / "history.csv")[0]["train_loss"]),
+    "--cache": ("elsewhere", lambda out: len(list((out.parent / "elsewhere").glob("*-*"))) == 3),
+    "--cache-gb": (0, lambda out: "--cache-gb" in json.loads((out / "config.json").read_text())["trunk"]),
     "--out": (None, lambda out: out.name == "other"),
 }
-TESTED_ELSEWHERE = {"--split", "--weights", "--device", "--workers", "--help"}
+TESTED_ELSEWHERE = {"--split", "--weights", "--device", "--workers", "--no-cache", "--help"}
 
 
 def test_every_flag_has_a_test():
@@ -478,6 +729,7 @@ def test_every_flag_has_a_test():
 
 
 def test_each_flag_changes_something(quick_run, data):
+    (data / "val" / "Aves" / "00.jpg").unlink()
     plain = quick_run("plain")
     for flag, (value, shows) in FLAGS.items():
         assert not shows(plain), flag
@@ -512,10 +764,11 @@ def test_workers_is_the_number_of_photos_decoded_at_once(data, tmp_path, monkeyp
     """Three threads meet at a barrier; two never would."""
     barrier = threading.Barrier(3, timeout=20)
     monkeypatch.setattr(Q3, "read_photo", lambda file, size: (barrier.wait(), np.zeros((size, size, 3), np.uint8))[1])
-    assert len(Q3.decode([tmp_path / "x.jpg"] * 6, 32, 3, tmp_path)) == 6
+    (tmp_path / "x.jpg").touch()
+    assert len(decoded([tmp_path / "x.jpg"] * 6, 32, workers=3)) == 6
     barrier = threading.Barrier(3, timeout=0.3)
     with pytest.raises(threading.BrokenBarrierError):
-        Q3.decode([tmp_path / "x.jpg"] * 6, 32, 2, tmp_path)
+        decoded([tmp_path / "x.jpg"] * 6, 40, workers=2)
 
 
 def test_weights_none_starts_from_noise_and_a_path_from_the_file(weights):
@@ -554,6 +807,8 @@ def test_default_folder_is_named_after_the_time_and_never_shared(tmp_path, monke
 def test_device_auto_is_the_gpu_where_there_is_one(monkeypatch, present, auto):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: present[0])
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: present[1])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     assert Q3.pick_device("auto").type == auto and Q3.pick_device("cpu").type == "cpu"
 
 
@@ -579,7 +834,7 @@ def test_apples_gpus_get_the_layout_they_compute_right_in():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_job_runs_on_cuda_in_mixed_precision(small_network, shared_data, tmp_path):
-    flags = [flag for pair in zip(QUICK[::2], QUICK[1::2]) if pair[0] != "--device" for flag in pair]
+    flags = [flag for pair in zip(QUICK[::2], QUICK[1::2]) if pair[0] not in ("--device", "--amp") for flag in pair]
     assert call("Q3.py", "--data", shared_data, *flags, "--out", tmp_path / "out") == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["device"] == "cuda" and config["precision"] in ("bfloat16", "float16")
@@ -609,7 +864,8 @@ def test_options_are_answered_before_torch_is_loaded(tmp_path, monkeypatch):
     (["--freeze", "10"], "outside [0, 9]"), (["--lr-head", "0"], "outside (0"), (["--lr-backbone", "inf"], "outside"),
     (["--image-size", "16"], "outside [32"), (["--workers", "0"], "outside [1"), (["--device", "tpu"], "'tpu'"), (["--amp", "int8"], "'int8'"),
     (["--recipe", "best"], "'best'"), (["--epoch", "3"], "--epoch"), (["--split", "s.json", "--fraction", "0.25"], "one or the other"),
-    (["--batch-size", "2", "--image-size", "32"], "BatchNorm"), (["--fraction", "1", "--device", "cpu", "--amp", "fp16"], "for GPUs")])
+    (["--batch-size", "2", "--image-size", "32", "--recipe", "reference"], "BatchNorm"),
+    (["--batch-size", "1", "--image-size", "48", "--weights", "none"], "BatchNorm"), (["--cache-gb", "-1"], "outside [0"), (["--fraction", "1", "--device", "cpu", "--amp", "fp16"], "for NVIDIA GPUs")])
 def test_wrong_options(shared_data, refused, flags, part):
     assert part in refused("Q3.py", "--data", shared_data, *flags)
 
@@ -677,7 +933,7 @@ class Malicious:
     (lambda tmp: save(tmp, {}), "only ResNet50 has"),
     (lambda tmp: save(tmp, torchvision.models.mobilenet_v3_small().state_dict()), "only the file has 'classifier"),
     (lambda tmp: save(tmp, torchvision.models.resnet34().state_dict()), "only ResNet50 has 'layer1.0.bn3"),
-    (lambda tmp: save(tmp, torchvision.models.wide_resnet50_2().state_dict()), "layer1.0.conv1.weight is (128, 64, 1, 1) in the file and (64, 64, 1, 1)")])
+    (lambda tmp: save(tmp, torchvision.models.wide_resnet50_2().state_dict()), "size mismatch for layer1.0.conv1.weight")])
 def test_weights_that_are_none_of_a_resnet50(shared_data, tmp_path, monkeypatch, refused, make, part):
     monkeypatch.chdir(tmp_path)
     assert part in refused("Q3.py", "--data", shared_data, "--weights", make(tmp_path), "--fraction", 1.0, "--out", "out")
@@ -713,13 +969,61 @@ def test_device_that_is_not_there(shared_data, monkeypatch, refused):
 
 
 def test_full_disk_while_decoding(small_network, shared_data, tmp_path, monkeypatch, refused):
-    class Full:
-        def __init__(self, **_): pass
-        def flush(self): pass
-        def __enter__(self): return self
-        def __exit__(self, *_): pass
-        def close(self): pass
-        def write(self, _): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(Q3.tempfile, "TemporaryFile", Full)
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
     line = refused("Q3.py", "--data", shared_data, *QUICK, "--out", tmp_path / "out")
-    assert "No space left" in line and "--out" in line
+    assert "No space left" in line and "--cache DIR" in line and "'.cache'" in line
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+def torchrun(*argv, processes: int = 2, start=subprocess.run, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", ROOT / "Q3.py", *argv]
+    return start(list(map(str, command)), text=True, stdin=subprocess.DEVNULL, **options)
+
+
+def test_two_processes_give_the_result_of_one(shared_data, weights, tmp_path):
+    flags = ("--data", shared_data, "--weights", weights, "--fraction", 1.0, "--image-size", 64, "--epochs", 2, "--batch-size", 10,
+             "--device", "cpu", "--amp", "off")
+    alone = type_command("Q3.py", *flags, "--out", "one", "--cache", "cache-one", cwd=tmp_path)
+    both = torchrun(*flags, "--out", "two", "--cache", "cache-two", capture_output=True, cwd=tmp_path, timeout=240)
+    assert alone.returncode == both.returncode == 0, both.stderr
+    assert "2 processes" in both.stdout and both.stdout.count("Epoch |") == both.stdout.count("Test of the best") == 1
+    for one, two in zip(read_csv(tmp_path / "one" / "history.csv"), read_csv(tmp_path / "two" / "history.csv"), strict=True):
+        for key in ("train_loss", "train_acc", "val_loss", "val_acc"):
+            assert float(one[key]) == pytest.approx(float(two[key]), rel=1e-3), key
+    rows = [{row["path"]: float(row["confidence"]) for row in read_csv(tmp_path / name / "predictions.csv")} for name in ("one", "two")]
+    assert rows[0] == pytest.approx(rows[1], abs=5e-3)
+    one, two = (load(tmp_path / name / "last.pt")["optimizer"]["state"] for name in ("one", "two"))
+    for key in one:  # Adam's mean gradient, since Adam's steps are the same whatever the gradients are multiplied with
+        assert torch.allclose(one[key]["exp_avg"], two[key]["exp_avg"], rtol=0.02, atol=0.02 * one[key]["exp_avg"].abs().max().item())
+    assert "Warning" not in both.stderr
+
+
+def test_killed_process_ends_the_run(shared_data, weights, tmp_path):
+    flags = ("--data", shared_data, "--weights", weights, "--fraction", 1.0, "--image-size", 64, "--epochs", 10000, "--device", "cpu")
+    with torchrun(*flags, start=subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as running:
+        while "    1 |" not in (line := running.stdout.readline()):
+            assert line, running.stderr.read()
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode != 0 and "SIGKILL" in errors
+
+
+def test_what_several_cpu_processes_cannot_do(small_network, shared_data, monkeypatch, refused):
+    monkeypatch.setattr(Q3, "PROCESSES", 2)
+    monkeypatch.setattr(Q3, "join_processes", lambda device: None)
+    monkeypatch.setattr(Q3, "wait_for_all", lambda: None)
+    assert "2 processes can't share steps of 1 photos: raise --batch-size" in refused("Q3.py", "--data", shared_data, *QUICK, "--batch-size", 1, "--image-size", 64)
+    assert "use one process" in refused("Q3.py", "--data", shared_data, *QUICK, "--recipe", "reference")
+    assert "--cache DIR" in refused("Q3.py", "--data", shared_data, *QUICK, "--no-cache")
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(Q3, "LOCAL_RANK", 2)
+    with pytest.raises(dataset_split.InputError, match="--nproc-per-node=2"):
+        Q3.pick_device("cuda")

@@ -4,7 +4,9 @@ import re
 import shlex
 
 import pytest
+from torch.distributed.run import get_args_parser as get_torchruns_parser
 
+import benchmark_training
 import dataset_split
 import Q3
 from conftest import ROOT
@@ -31,7 +33,8 @@ def test_every_command_of_the_readme_is_one_the_scripts_accept():
 
 
 def test_every_option_that_the_documents_name_exists():
-    known = {flag for parser in PARSERS.values() for action in parser._actions for flag in action.option_strings}
+    parsers = *PARSERS.values(), benchmark_training.get_args_parser(), get_torchruns_parser()
+    known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
     for document in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / document).read_text()))
         assert named <= known, named - known
