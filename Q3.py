@@ -51,14 +51,14 @@ def get_args_parser() -> Parser:
     group.add_argument("--split", type=Path, metavar="FILE",
                        help="a manifest that dataset_split.py wrote, instead of --fraction and --val-fraction")
     group.add_argument("--image-size", type=number(int, 32, 4096), default=224, metavar="N",
-                       help="photos are resized to N x N pixels (default: 224)")
+                       help="the network sees N x N pixels of a photo (default: 224)")
     group.add_argument("--workers", type=number(int, 1, 1024), metavar="N",
                        help="threads that decode photos (default: one for each core)")
     group.add_argument("--cache", type=Path, default=Path(".cache"), metavar="DIR",
                        help="where decoded photos and the trunk's maps are kept for the next run (default: .cache)")
     group.add_argument("--cache-gb", type=number(float, 0, 10**6), default=10.0, metavar="GB",
-                       help="the most that the trunk's maps may take there; if they need more, the trunk is computed "
-                            "in every step (default: 10)")
+                       help="the most that the trunk's maps may take there, for each recipe and image size; if they need "
+                            "more, the trunk is computed in every step (default: 10)")
     group.add_argument("--no-cache", action="store_true", help="keep nothing for the next run")
 
     group = parser.add_argument_group("network")
@@ -71,16 +71,17 @@ def get_args_parser() -> Parser:
 
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", choices=("tuned", "reference"), default="tuned",
-                       help="reference: the plain published protocol; tuned: trains on crops of the photos, and holds "
-                            "BatchNorm's statistics (default: tuned)")
+                       help="reference: the plain published protocol; tuned: keeps the photos' proportions, starts fc from "
+                            "logistic regression, trains on crops at rates that rise and fall, holds BatchNorm's statistics "
+                            "(default: tuned)")
     group.add_argument("--epochs", type=number(int, 1, 10**6), default=5, metavar="N",
                        help="passes over the training photos (default: 5)")
     group.add_argument("--batch-size", type=number(int, 1, 10**6), default=64, metavar="N",
                        help="photos a step at most; an epoch's steps share its photos evenly (default: 64)")
-    group.add_argument("--lr-head", type=number(float, 0, 100, open_low=True), default=1e-3, metavar="LR",
-                       help="learning rate of fc, which starts from noise (default: 1e-3)")
-    group.add_argument("--lr-backbone", type=number(float, 0, 100, open_low=True), default=1e-4, metavar="LR",
-                       help="learning rate of the other layers that learn (default: 1e-4)")
+    group.add_argument("--lr-head", type=number(float, 0, 100, open_low=True), metavar="LR",
+                       help="learning rate of fc (default: 1e-4; 1e-3 where fc starts from noise)")
+    group.add_argument("--lr-backbone", type=number(float, 0, 100, open_low=True), metavar="LR",
+                       help="learning rate of the other layers that learn (default: 1e-5; 1e-4 where fc starts from noise)")
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
@@ -101,15 +102,23 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--split FILE takes the place of --fraction and --val-fraction: give one or the other")
     args.fraction = args.fraction or parser.get_default("fraction")
     args.val_fraction = args.val_fraction or parser.get_default("val_fraction")
+    probed = starts_from_probe(args)
+    args.lr_head = args.lr_head or (1e-4 if probed else 1e-3)
+    args.lr_backbone = args.lr_backbone or (1e-5 if probed else 1e-4)
     if not holds_batchnorm(args) and args.image_size <= (48 if args.recipe == "tuned" else 32) and args.batch_size <= 2:
         parser.error(f"--batch-size {args.batch_size} with --image-size {args.image_size} can leave layer4's BatchNorm a "
                      "single value to take the mean of: raise one of them")
     return args
 
 
+def starts_from_probe(args: argparse.Namespace) -> bool:
+    """Whether fc starts from logistic regression on the features, of which a network of random weights has none."""
+    return args.recipe == "tuned" and args.weights != "none"
+
+
 def holds_batchnorm(args: argparse.Namespace) -> bool:
     """Whether no BatchNorm statistics are learnt: there are none behind the eighth child, and none to hold in noise."""
-    return args.freeze >= 8 or args.recipe == "tuned" and args.weights != "none"
+    return args.freeze >= 8 or starts_from_probe(args)
 
 
 if __name__ == "__main__":
@@ -119,7 +128,7 @@ import numpy as np
 import PIL
 import torch
 import torchvision
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import distributed, nn
 from torch.fx.experimental.optimization import fuse  # of convolutions with the BatchNorm layers behind them
 from torch.nn import functional as F
@@ -127,8 +136,11 @@ from torchvision.models import ResNet50_Weights, resnet50
 from tqdm import tqdm
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue, in [0, 1]
+BORDER = 1 / 16  # of a photo's short side, at either end: its middle 224 of 256 pixels, as IMAGENET1K_V1 was tested
+PENALTY = 0.03  # on the squares of the weights of the logistic regression that the head starts from
+WARM_UP = 0.1  # part of the steps in which the tuned recipe's learning rates rise
 CROP = 5 / 7  # of a photo's side that a step of training sees: 160 of 224 pixels, 20 of 28 places of a trunk map
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 STORE_FORMAT = 1  # to be raised when read_photo or FineTuned.maps give something else
 
 
@@ -249,8 +261,11 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4:
            8: Image.Transpose.ROTATE_90}  # what undoes each value of EXIF's orientation tag, 0x0112
 
 
-def read_photo(file: Path, size: int) -> np.ndarray:
-    """A photo as the network sees it: upright, RGB, squashed to a square.
+def read_photo(file: Path, size: int, border: float | None) -> np.ndarray:
+    """A photo as the network sees it: upright, RGB, and a square: its middle, or all of it squashed.
+
+    Args:
+        border: part of the short side that the square in the middle leaves out at either end; None squashes.
 
     Returns:
         uint8 array (size, size, 3).
@@ -265,7 +280,9 @@ def read_photo(file: Path, size: int) -> np.ndarray:
                 image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
             image = image.convert("RGB")
             image = image if turn is None else image.transpose(turn)
-            return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+            if border is None:
+                return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+            return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, border))
     except UnidentifiedImageError:
         raise InputError(f"'{file}' is no photo, whatever its name says: replace or remove it") from None
     except Exception as error:  # for a damaged file Pillow raises nearly anything: OSError, SyntaxError, struct.error
@@ -359,17 +376,17 @@ def in_steps(title: str, rows: torch.Tensor, size: int):
               f"({len(rows) / seconds:,.0f} a second)", flush=True)
 
 
-def pixel_store(cache: Path, folder: Path, files: list[Path], size: int) -> Store:
+def pixel_store(cache: Path, folder: Path, files: list[Path], size: int, border: float | None) -> Store:
     """The store of a folder's photos, which holds for as long as none of them is added, removed or changed."""
     try:
         facts = [(str(file.relative_to(folder)), (status := os.stat(file)).st_size, status.st_mtime_ns) for file in files]
     except OSError as error:
         raise InputError(f"photo '{error.filename}' can't be read ({error.strerror})") from None
-    return Store(cache, f"pixels-{fingerprint(folder.resolve(), size)}", (facts, PIL.__version__), len(files),
+    return Store(cache, f"pixels-{fingerprint(folder.resolve(), size, border)}", (facts, PIL.__version__), len(files),
                  (size, size, 3), torch.uint8)
 
 
-def decode(files: list[Path], rows: torch.Tensor, pixels: Store, workers: int) -> None:
+def decode(files: list[Path], rows: torch.Tensor, pixels: Store, workers: int, border: float | None) -> None:
     """Decode the photos of these rows, unless they are in the store already, in several threads.
 
     Threads rather than processes, because Pillow lets them run side by side (two cores, photos of 800 x 600: 144
@@ -382,7 +399,7 @@ def decode(files: list[Path], rows: torch.Tensor, pixels: Store, workers: int) -
     few = max(workers, min(32 * workers, 2**27 // pixels.row_bytes))
     with ThreadPoolExecutor(workers) as pool:
         for some in in_steps("Decoding", rows[pixels.missing(rows)], few):
-            photos = pool.map(partial(read_photo, size=pixels.shape[0]), [files[row] for row in some])
+            photos = pool.map(partial(read_photo, size=pixels.shape[0], border=border), [files[row] for row in some])
             pixels.write(some, torch.from_numpy(np.stack(list(photos))))
 
 
@@ -494,11 +511,14 @@ class FineTuned(nn.Module):
         images = (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         return self.trunk(images.to(self.precision, memory_format=layout(self.device)))
 
+    def features(self, maps: torch.Tensor) -> torch.Tensor:
+        """The trunk's maps -> what the head sees of a photo, float32 (batch, 2048)."""
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            return self.backbone(maps).flatten(1).float()
+
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """The trunk's maps -> logits, float32 (batch, classes)."""
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            features = self.backbone(maps).flatten(1)  # (batch, 2048)
-            return self.head(features).float()
+        return self.head(self.features(maps))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -626,17 +646,82 @@ def batches(photos: Photos, which: torch.Tensor, batch_size: int, title: str, pl
 
 def build_optimizer(model: FineTuned, lr_head: float, lr_backbone: float) -> torch.optim.Optimizer:
     """Adam over exactly the parameters that learn, in two groups: the head's and the backbone's."""
-    return torch.optim.Adam([{"params": list(model.head.parameters()), "lr": lr_head},
-                             {"params": list(model.backbone.parameters()), "lr": lr_backbone}], fused=True)
+    return torch.optim.Adam([{"params": list(part.parameters()), "lr": rate, "initial_lr": rate}
+                             for part, rate in ((model.head, lr_head), (model.backbone, lr_backbone))], fused=True)
+
+
+def rise_and_fall(step: int, steps: int) -> float:
+    """The part of the learning rates that step number `step` (from 0) of `steps` is made with: it rises to 1 in the first
+    WARM_UP of them, then falls to 0 along a cosine (Loshchilov and Hutter, SGDR, ICLR 2017)."""
+    risen = (step + 1) / (WARM_UP * steps + 1)
+    return min(risen, (1 + math.cos(math.pi * max(0, step / steps - WARM_UP) / (1 - WARM_UP))) / 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Epochs
 # ---------------------------------------------------------------------------------------------------------------------
 
-def train_epoch(model: nn.Module, loader, optimizer: torch.optim.Optimizer,
-                scaler: torch.amp.GradScaler) -> tuple[float, float]:
+def loss_and_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Mean cross-entropy, and the part of the photos whose largest logit is their label's."""
+    return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()
+
+
+@torch.no_grad()
+def predict(model: FineTuned, loader, layers=None) -> torch.Tensor:
+    """What the network, or only its `layers`, makes of every photo: float32 (photos, classes or 2048), on the CPU."""
+    model.eval()
+    steps = []
+    for maps, _, count in loader:
+        mine = (layers or model)(maps)
+        steps.append(mine.new_zeros(count, mine.shape[1]))
+        steps[-1][RANK::PROCESSES] = mine
+    return summed(torch.cat(steps)).cpu()
+
+
+def probe(model: FineTuned, loader, labels: torch.Tensor) -> tuple[float, float]:
+    """Start the head where logistic regression on the features of the network as it is ends. From noise it would first send
+    large gradients into good layers (Kumar et al., Fine-Tuning can Distort Pretrained Features, ICLR 2022).
+
+    Args:
+        loader: all training photos in one order, whole.
+        labels: theirs, int64 (photos,), on the CPU.
+
+    Returns:
+        Mean loss and accuracy of these photos, then.
+
+    Raises:
+        InputError: the features can't be told apart.
+    """
+    features = predict(model, loader, model.features)  # (photos, 2048)
+    centre = features.mean(0)
+    spread = features.sub_(centre).std()  # one for all features, so that PENALTY means the same for any network
+    if not 0 < spread < math.inf:
+        raise InputError("the network makes no finite numbers of the training photos, or the same of all: check --weights, or "
+                         "try --amp off")
+    features.div_(spread)
+    head = nn.Linear(features.shape[1], model.head.out_features)
+    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head(features), labels) + PENALTY * head.weight.square().sum()
+        loss.backward()
+        return loss.detach()
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        model.head.weight.copy_(head.weight / spread)
+        model.head.bias.copy_(head.bias - head.weight @ centre / spread)
+        return loss_and_accuracy(head(features), labels)
+
+
+def train_epoch(model: nn.Module, loader, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                shares) -> tuple[float, float]:
     """One pass over the training photos.
+
+    Args:
+        shares: of the learning rates, one a step.
 
     Returns:
         Mean loss and accuracy of the photos as they were when the network met them (it learns meanwhile, so they lag
@@ -644,7 +729,9 @@ def train_epoch(model: nn.Module, loader, optimizer: torch.optim.Optimizer,
     """
     model.train()
     totals, photos = 0, 0
-    for maps, labels, count in loader:
+    for (maps, labels, count), share in zip(loader, shares, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["initial_lr"]
         logits = model(maps)
         losses = F.cross_entropy(logits, labels, reduction="none")
         optimizer.zero_grad()
@@ -655,22 +742,6 @@ def train_epoch(model: nn.Module, loader, optimizer: torch.optim.Optimizer,
         photos += count
     loss_sum, correct = summed(totals).tolist()
     return loss_sum / photos, correct / photos
-
-
-@torch.inference_mode()
-def predict(model: FineTuned, loader) -> torch.Tensor:
-    """Logits of every photo, float32 (photos, classes), on the CPU."""
-    model.eval()
-    steps = []
-    for maps, _, count in loader:
-        steps.append(torch.zeros(count, model.head.out_features, device=model.device))
-        steps[-1][RANK::PROCESSES] = model(maps)
-    return summed(torch.cat(steps)).cpu()
-
-
-def loss_and_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-    """Mean cross-entropy, and the part of the photos whose largest logit is their label's."""
-    return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -846,13 +917,34 @@ def open_photos(model: FineTuned, pairs: list[tuple[Path, int]], files: list[Pat
     Raises:
         InputError: a photo can't be read, or the disk is full.
     """
-    pixels = pixel_store(Path(cache), folder, files, args.image_size)
+    border = BORDER if args.recipe == "tuned" else None
+    pixels = pixel_store(Path(cache), folder, files, args.image_size, border)
     row = {file: row for row, file in enumerate(files)}
     rows = torch.tensor([row[file] for file, _ in pairs])
     with first_on_this_machine():
-        decode(files, rows, pixels, args.workers)
+        decode(files, rows, pixels, args.workers, border)
     pixels.check(rows)
     return Photos(model, pixels, rows, torch.tensor([label for _, label in pairs]))
+
+
+def trained(model: FineTuned, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, photos: Photos,
+            in_train: torch.Tensor, args: argparse.Namespace):
+    """Train, and yield after each epoch: its number, and mean loss and accuracy of the training photos. Epoch 0 is the start
+    of the head, where it isn't noise."""
+    tuned, steps = args.recipe == "tuned", math.ceil(len(in_train) / args.batch_size)
+    if starts_from_probe(args):
+        loader = batches(photos, in_train, args.batch_size, "features of the training photos")
+        first = 0, *probe(model, loader, photos.labels[in_train].cpu())
+    learner = nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model  # with the first process's parameters
+    if starts_from_probe(args):
+        yield first
+    for epoch in range(1, args.epochs + 1):
+        order, places = draw_epoch(len(in_train), args.seed, epoch)
+        loader = batches(photos, in_train[order], args.batch_size, f"epoch {epoch}/{args.epochs}",
+                         places if tuned and args.freeze < 8 else None)  # behind layer4 there is nothing left to crop
+        shares = [rise_and_fall(step, steps * args.epochs) if tuned else 1.0
+                  for step in range(steps * (epoch - 1), steps * epoch)]
+        yield epoch, *train_epoch(learner, loader, optimizer, scaler, shares)
 
 
 def fit(model: FineTuned, photos: Photos, in_train: torch.Tensor, in_val: torch.Tensor, args: argparse.Namespace,
@@ -868,24 +960,20 @@ def fit(model: FineTuned, photos: Photos, in_train: torch.Tensor, in_val: torch.
     labels = photos.labels[in_val].cpu()
     optimizer = build_optimizer(model, args.lr_head, args.lr_backbone)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.precision == torch.float16)
-    learner = nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model
     print("\nEpoch | Train Loss | Train Acc | Val Loss | Val Acc", flush=True)
-    history, best = [], None
-    for epoch in range(1, args.epochs + 1):
-        start = time.perf_counter()
-        order, places = draw_epoch(len(in_train), args.seed, epoch)
-        loader = batches(photos, in_train[order], args.batch_size, f"epoch {epoch}/{args.epochs}",
-                         places if args.recipe == "tuned" else None)
-        train_loss, train_acc = train_epoch(learner, loader, optimizer, scaler)
+    history, best, start = [], None, time.perf_counter()
+    for epoch, train_loss, train_acc in trained(model, optimizer, scaler, photos, in_train, args):
         train_seconds = time.perf_counter() - start
         loader = batches(photos, in_val, args.batch_size, "validation")
         val_loss, val_acc = loss_and_accuracy(predict(model, loader), labels)
         if not math.isfinite(train_loss + val_loss):
-            raise InputError(f"the loss of epoch {epoch} is not a finite number: lower --lr-head and --lr-backbone, "
-                             f"or try --amp off. Files of earlier epochs are in '{args.out}'")
+            advice = "lower --lr-head and --lr-backbone, or " if epoch else "check --weights, or "
+            raise InputError(f"the loss of epoch {epoch} is not a finite number: {advice}try --amp off" +
+                             (f". Files of earlier epochs are in '{args.out}'" if history else ""))
 
+        rates = [group["lr"] if epoch else 0.0 for group in optimizer.param_groups]
         history.append({"epoch": epoch, "train_loss": train_loss, "train_acc": train_acc, "val_loss": val_loss,
-                        "val_acc": val_acc, "lr_head": args.lr_head, "lr_backbone": args.lr_backbone,
+                        "val_acc": val_acc, "lr_head": rates[0], "lr_backbone": rates[1],
                         "seconds": time.perf_counter() - start, "images_per_second": len(in_train) / train_seconds})
         if best is None or (val_acc, -val_loss) > (best["val_acc"], -best["val_loss"]):
             best = history[-1]
@@ -898,6 +986,7 @@ def fit(model: FineTuned, photos: Photos, in_train: torch.Tensor, in_val: torch.
                 save_checkpoint(args.out / "best.pt", checkpoint)
             write_csv(args.out / "history.csv", history)
         print(f"{epoch:5} | {train_loss:10.4f} | {train_acc:9.4f} | {val_loss:8.4f} | {val_acc:7.4f}", flush=True)
+        start = time.perf_counter()
 
 
 def test(model: FineTuned, pairs: list[tuple[Path, int]], cache: Path, args: argparse.Namespace) -> None:
@@ -961,7 +1050,7 @@ def main(args: argparse.Namespace) -> None:
     args.out = claim_folder(args.out) if RANK == 0 else args.out or Path("runs")
     config = {"options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
               "classes": classes, "photos": {part: len(pairs) for part, pairs in parts.items()},
-              "preprocessing": {"image_size": args.image_size, "resize": "squash", "interpolation": "bilinear",
+              "preprocessing": {"image_size": args.image_size, "border": BORDER if args.recipe == "tuned" else None, "interpolation": "bilinear",
                                 "mean": list(MEAN), "std": list(STD)},
               "trainable_parameters": sum(value.numel() for value in network.parameters() if value.requires_grad),
               "frozen_parameters": sum(value.numel() for value in network.parameters() if not value.requires_grad),

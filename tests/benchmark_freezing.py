@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from Q3 import FineTuned, build_network, parameter_counts  # noqa: E402
+from Q3 import FineTuned, build_network  # noqa: E402
 
 LEARNING = {9: "fc", 7: "layer4, fc", 6: "layer3, layer4, fc", 5: "layer2 to fc", 4: "layer1 to fc", 0: "everything"}
 
@@ -29,7 +29,7 @@ def measure(freeze: int, size: int, batch: int = 4) -> tuple[int, float, float]:
     """Trainable parameters, and GFLOP and bytes of kept activations a photo, of one training step."""
     network = build_network("none", 10)
     model = FineTuned(network, freeze).train()
-    images, labels = torch.randn(batch, 3, size, size), torch.arange(batch)
+    pixels, labels = torch.zeros(batch, size, size, 3, dtype=torch.uint8), torch.arange(batch)
 
     own = {tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())}
     kept = {}  # address: bytes; a tensor that two operations keep counts once
@@ -41,15 +41,20 @@ def measure(freeze: int, size: int, batch: int = 4) -> tuple[int, float, float]:
 
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(model(model.maps(pixels)), labels)
         loss.backward()
-    return parameter_counts(network)["trainable_parameters"], counter.get_total_flops() / batch / 1e9, sum(kept.values()) / batch
+    parameters = sum(value.numel() for value in network.parameters() if value.requires_grad)
+    return parameters, counter.get_total_flops() / batch / 1e9, sum(kept.values()) / batch
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image-size", type=int, default=224, metavar="N", help="(default: 224)")
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image-size", type=int, default=224, metavar="N", help="(default: 224)")
-    args = parser.parse_args()
+    args = get_args_parser().parse_args()
 
     print("| Frozen children | Learning | Parameters | GFLOP a photo | Activations a photo | Optimiser memory |")
     print("|-:|-|-:|-:|-:|-:|")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torchvision.models.resnet import Bottleneck, ResNet
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -55,26 +56,42 @@ def shared_data(tmp_path_factory) -> Path:
     return draw_data(tmp_path_factory.mktemp("shared") / "photos")
 
 
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory) -> Path:
-    """A state dict of a ResNet50 with random weights, and with the BatchNorm statistics that go with them."""
-    torch.manual_seed(7)
-    network = Q3.resnet50(weights=None)
+def with_statistics(network: torch.nn.Module) -> dict:
+    """The state dict of a network of random weights, with the BatchNorm statistics that go with them."""
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
     with torch.no_grad():
         network.train()(torch.randn(16, 3, 64, 64))
+    return network.state_dict()
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """A state dict of a ResNet50."""
+    torch.manual_seed(7)
     file = tmp_path_factory.mktemp("weights") / "resnet50.pth"
-    torch.save(network.state_dict(), file)
+    torch.save(with_statistics(Q3.resnet50(weights=None)), file)
+    return file
+
+
+def small_resnet(weights=None) -> ResNet:
+    return ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=16)
+
+
+@pytest.fixture(scope="session")
+def small_weights(tmp_path_factory) -> Path:
+    torch.manual_seed(7)
+    file = tmp_path_factory.mktemp("weights") / "small.pth"
+    torch.save(with_statistics(small_resnet()), file)
     return file
 
 
 @pytest.fixture
-def small_network(monkeypatch):
-    """Let Q3.py build a ResNet with one block a layer: the same children, a fraction of the time."""
-    from torchvision.models.resnet import Bottleneck, ResNet
-    monkeypatch.setattr(Q3, "resnet50", lambda weights=None: ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=16))
+def small_network(small_weights, tmp_path, monkeypatch):
+    """Let Q3.py build a ResNet with one block a layer: the same children, a fraction of the time. Its weights: small.pth."""
+    monkeypatch.setattr(Q3, "resnet50", small_resnet)
+    (tmp_path / "small.pth").symlink_to(small_weights)
 
 
 def type_command(script: str, *argv, cwd: Path) -> subprocess.CompletedProcess:

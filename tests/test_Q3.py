@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torchvision import transforms
 
@@ -24,7 +25,7 @@ import dataset_split
 import Q3
 from conftest import COLOURS, ROOT, call, draw_data, draw_photo, type_command
 
-QUICK = ("--weights", "none", "--fraction", 1.0, "--image-size", 32, "--epochs", 1, "--batch-size", 8, "--device", "cpu", "--amp", "off", "--workers", 1)
+QUICK = ("--weights", "small.pth", "--fraction", 1.0, "--image-size", 32, "--epochs", 1, "--batch-size", 8, "--device", "cpu", "--amp", "off", "--workers", 1)
 CPU = torch.device("cpu")
 
 
@@ -33,8 +34,8 @@ def load(file: Path) -> dict:
 
 
 def decoded(files: list[Path], size: int, workers: int = 1) -> torch.Tensor:
-    store = Q3.pixel_store(Path("decoded"), files[0].parent, files, size)
-    Q3.decode(files, torch.arange(len(files)), store, workers)
+    store = Q3.pixel_store(Path("decoded"), files[0].parent, files, size, None)
+    Q3.decode(files, torch.arange(len(files)), store, workers, None)
     return store[torch.arange(len(files))]
 
 
@@ -84,7 +85,7 @@ def test_job_prints_banner_table_and_test_result(run):
         assert part in done.stdout
     lines = done.stdout.splitlines()
     head = lines.index("Epoch | Train Loss | Train Acc | Val Loss | Val Acc")
-    for epoch, (line, row) in enumerate(zip(lines[head + 1:head + 4], read_csv(out / "history.csv")), start=1):
+    for epoch, (line, row) in enumerate(zip(lines[head + 1:head + 5], read_csv(out / "history.csv"), strict=True)):
         shown = [float(cell) for cell in line.split("|")]
         assert shown[0] == epoch and len(line) == len(lines[head])
         assert shown[1:] == [round(float(row[key]), 4) for key in ("train_loss", "train_acc", "val_loss", "val_acc")]
@@ -129,9 +130,10 @@ def test_reported_test_result_is_that_of_best_pt(run, shared_data):
     network = torchvision.models.resnet50(num_classes=3)
     network.load_state_dict(checkpoint["model"])
     use = checkpoint["preprocessing"]
-    prepare = transforms.Compose([transforms.Resize((use["image_size"],) * 2), transforms.ToTensor(), transforms.Normalize(use["mean"], use["std"])])
+    prepare = transforms.Compose([transforms.ToTensor(), transforms.Normalize(use["mean"], use["std"])])
     for row in read_csv(out / "predictions.csv"):
         image = Image.open(shared_data / "val" / row["path"]).convert("RGB")
+        image = ImageOps.fit(image, (64, 64), Image.Resampling.BILINEAR, use["border"])
         with torch.no_grad():
             shares = network.eval()(prepare(image)[None]).softmax(1)[0]
         assert checkpoint["classes"][int(shares.argmax())] == row["predicted"]
@@ -140,25 +142,26 @@ def test_reported_test_result_is_that_of_best_pt(run, shared_data):
     assert report["epoch"] == checkpoint["epoch"] == best["epoch"]
 
 
-def test_the_readme_tells_how_to_use_a_checkpoint(run, shared_data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("recipe", ["tuned", "reference"])
+def test_the_readme_tells_how_to_use_a_checkpoint(weights, shared_data, tmp_path, capsys, recipe):
     code, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    Path("runs").mkdir()
-    Path("runs/first").symlink_to(run[1])
-    row = read_csv(run[1] / "predictions.csv")[5]
+    assert call("Q3.py", "--data", shared_data, *QUICK, "--weights", weights, "--image-size", 64, "--recipe", recipe, "--out", "runs/first") == 0
+    row = read_csv(tmp_path / "runs/first/predictions.csv")[5]
     shutil.copy(shared_data / "val" / row["path"], "frog.jpg")
+    capsys.readouterr()
     exec(code, {})
     name, confidence = capsys.readouterr().out.split()
     assert name == row["predicted"] and float(confidence) == pytest.approx(float(row["confidence"]), abs=2e-3)
 
 
 def test_best_epoch_is_kept_and_is_the_one_that_is_tested(quick_run, monkeypatch):
-    measured = iter([(0.1, 0.5), (0.7, 0.8), (0.6, 0.8), (0.65, 0.8), (0.5, 0.5)])  # loss, accuracy; the last is the test
+    probed, test = (0.1, 0.9), (0.5, 0.5)
+    measured = iter([probed, (0.1, 0.4), (0.1, 0.5), (0.7, 0.8), (0.6, 0.8), (0.65, 0.8), test])  # loss, accuracy; of epochs 0 to 4
     monkeypatch.setattr(Q3, "loss_and_accuracy", lambda logits, labels: next(measured))
     heads = []
-    def recorded(model, loader, predict=Q3.predict):
+    def recorded(model, loader, layers=None, predict=Q3.predict):
         heads.append(model.head.weight.detach().clone())
-        return predict(model, loader)
+        return predict(model, loader, layers)
     monkeypatch.setattr(Q3, "predict", recorded)
     out = quick_run("out", "--epochs", 4)
     best, last = load(out / "best.pt"), load(out / "last.pt")
@@ -173,7 +176,8 @@ def test_job_trains_on_the_training_photos_alone_and_in_another_order_each_epoch
         return batches(photos, which, *rest)
     monkeypatch.setattr(Q3, "batches", recorded)
     quick_run("out", "--epochs", 2)
-    first, val, second, val_again, test_pass = passes
+    probed, val_before, first, val, second, val_again, test_pass = passes
+    assert probed == list(range(24)) and val_before == val
     assert sorted(first) == sorted(second) == list(range(24)) and first != second
     assert val == val_again == list(range(24, 30)) and test_pass == list(range(12))
 
@@ -183,27 +187,99 @@ def test_history_has_the_validation_result_of_the_photos_in_split_json(run, shar
     checkpoint, paths = load(out / "best.pt"), json.loads((out / "split.json").read_text())["val"]
     network = torchvision.models.resnet50(num_classes=3)
     network.load_state_dict(checkpoint["model"])
-    prepare = transforms.Compose([transforms.Resize((64, 64)), transforms.ToTensor(), transforms.Normalize(Q3.MEAN, Q3.STD)])
-    images = torch.stack([prepare(Image.open(shared_data / "train" / path)) for path in paths])
+    photos = [ImageOps.fit(Image.open(shared_data / "train" / path), (64, 64), Image.Resampling.BILINEAR, 1 / 16) for path in paths]
+    images = normalised(torch.from_numpy(np.stack(photos)))
     labels = torch.tensor([checkpoint["classes"].index(path.split("/")[0]) for path in paths])
     with torch.no_grad():
         loss = nn.functional.cross_entropy(network.eval()(images), labels).item()
-    assert loss == pytest.approx(checkpoint["history"][checkpoint["epoch"] - 1]["val_loss"], rel=1e-3)
+    assert loss == pytest.approx(checkpoint["history"][-1]["val_loss"], rel=1e-3)
 
 
 def test_training_steps_are_those_of_the_plain_loop():
-    """Three steps of Adam on a linear layer, written out."""
+    """Three steps of Adam on a linear layer, each with its share of the learning rate, written out."""
     torch.manual_seed(0)
     steps = [(torch.randn(4, 3, 4, 4), torch.randint(0, 3, (4,)), 4) for _ in range(3)]
     ours, plain = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
     plain.load_state_dict(ours.state_dict())
-    Q3.train_epoch(ours, steps, torch.optim.Adam(ours.parameters(), 0.01), torch.amp.GradScaler("cpu", enabled=False))
-    optimizer = torch.optim.Adam(plain.parameters(), 0.01)
-    for images, labels, _ in steps:
+    optimizer = torch.optim.Adam([{"params": list(ours.parameters()), "initial_lr": 0.01}])
+    Q3.train_epoch(ours, steps, optimizer, torch.amp.GradScaler("cpu", enabled=False), [0.5, 1.0, 0.1])
+    optimizer = torch.optim.Adam(plain.parameters())
+    for (images, labels, _), rate in zip(steps, (0.005, 0.01, 0.001)):
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         nn.functional.cross_entropy(plain(images), labels).backward()
         optimizer.step()
     assert torch.allclose(ours[1].weight, plain[1].weight, atol=1e-6)
+
+
+def test_learning_rates_rise_and_then_fall_to_nothing():
+    rates = [Q3.rise_and_fall(step, 150) for step in range(150)]
+    top = rates.index(max(rates))
+    assert 13 <= top <= 16 and 0.9 < max(rates) <= 1 and 0 < rates[0] < 0.1 and 0 < rates[-1] < 0.001
+    assert rates[:top + 1] == sorted(rates[:top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert all(0 < Q3.rise_and_fall(step, steps) <= 1 for steps in (1, 2, 3, 9) for step in range(steps))
+
+
+def test_each_step_is_made_with_its_rate(quick_run, monkeypatch):
+    used = []
+    def recorded(model, loader, optimizer, scaler, shares, train_epoch=Q3.train_epoch):
+        used.append(shares := list(shares))
+        return train_epoch(model, loader, optimizer, scaler, shares)
+    monkeypatch.setattr(Q3, "train_epoch", recorded)
+    rows = read_csv(quick_run("tuned", "--epochs", 2) / "history.csv")
+    assert [float(row["lr_head"]) for row in rows] == [0, *(1e-4 * shares[-1] for shares in used)]
+    assert used[0] + used[1] == [Q3.rise_and_fall(step, 6) for step in range(6)]
+    used.clear()
+    rows = read_csv(quick_run("reference", "--epochs", 2, "--recipe", "reference") / "history.csv")
+    assert used == [[1.0] * 3] * 2 and {row["lr_backbone"] for row in rows} == {"0.0001"}
+
+
+@pytest.mark.parametrize("flags, rates", [((), (1e-4, 1e-5)), (("--recipe", "reference"), (1e-3, 1e-4)), (("--weights", "none"), (1e-3, 1e-4)),
+                                          (("--lr-head", "0.5"), (0.5, 1e-5)), (("--lr-backbone", "0.5"), (1e-4, 0.5))])
+def test_default_learning_rates_are_those_of_the_start_of_the_head(flags, rates):
+    args = Q3.get_args(list(flags))
+    assert (args.lr_head, args.lr_backbone) == rates
+
+
+def test_head_starts_from_logistic_regression(small_network):
+    """Its gradient is nothing, and the network's logits are those of the regression."""
+    photos = photos_of(torch.randint(0, 256, (40, 32, 32, 3), dtype=torch.uint8), torch.arange(40) % 4)
+    model, everything = photos.model, torch.arange(40)
+    loss, accuracy = Q3.probe(model, Q3.batches(photos, everything, 16, ""), photos.labels)
+    logits = Q3.predict(model, Q3.batches(photos, everything, 16, ""))
+    assert Q3.loss_and_accuracy(logits, photos.labels) == pytest.approx((loss, accuracy), abs=1e-4) and accuracy > 0.9
+    features = Q3.predict(model, Q3.batches(photos, everything, 16, ""), model.features)
+    scale = (features - features.mean(0)).std()
+    weight, bias = (value.detach().clone().requires_grad_() for value in model.head.parameters())
+    (nn.functional.cross_entropy(features @ weight.T + bias, photos.labels) + Q3.PENALTY * (weight * scale).square().sum()).backward()
+    assert bias.grad.abs().max() < 1e-3 and (weight.grad / scale).abs().max() < 1e-2
+
+
+def test_row_of_epoch_0_is_the_network_before_its_first_step(quick_run, shared_data, monkeypatch):
+    """Of whole photos, by torchvision's layers; all but fc is still as in the weights."""
+    out = quick_run("out", "--epochs", 2, "--lr-backbone", 0.1)
+    best_possible = load(out / "last.pt")["history"]
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Q3, "train_epoch", stop)
+    options = Q3.get_args(list(map(str, ["--data", shared_data, *QUICK, "--out", "before"])))
+    with pytest.raises(KeyboardInterrupt):
+        Q3.main(options)
+    checkpoint, split, started = load(Path("before/last.pt")), json.loads(Path("before/split.json").read_text()), load(Path("small.pth"))
+    assert checkpoint["history"][0] == {**best_possible[0], **{key: checkpoint["history"][0][key] for key in ("seconds", "images_per_second")}}
+    assert [row["epoch"] for row in best_possible] == [0, 1, 2] and checkpoint["history"][0]["lr_head"] == 0
+    assert all(torch.equal(value, started[name]) for name, value in checkpoint["model"].items() if not name.startswith("fc.") and "num_batches" not in name)
+    network = Q3.resnet50()
+    network.fc = nn.Linear(network.fc.in_features, 3)
+    network.load_state_dict(checkpoint["model"])
+    for part in ("train", "val"):
+        pixels = torch.from_numpy(np.stack([Q3.read_photo(shared_data / "train" / path, 32, Q3.BORDER) for path in split[part]]))
+        labels = torch.tensor([checkpoint["classes"].index(path.split("/")[0]) for path in split[part]])
+        with torch.no_grad():
+            loss, accuracy = Q3.loss_and_accuracy(network.eval()(normalised(pixels)), labels)
+        assert loss == pytest.approx(checkpoint["history"][0][f"{part}_loss"], rel=1e-2)
+        assert accuracy == checkpoint["history"][0][f"{part}_acc"]
+    assert checkpoint["history"][0]["train_acc"] > 0.9
 
 
 def test_test_result_is_on_disk_before_it_is_printed(small_network, shared_data, tmp_path, monkeypatch):
@@ -216,10 +292,11 @@ def test_test_result_is_on_disk_before_it_is_printed(small_network, shared_data,
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(small_network, shared_data, tmp_path, monkeypatch, refused):
-    results = iter([(1.0, 0.5), (float("nan"), 0.3)])
+    results = iter([(1.0, 0.5), (float("nan"), 0.3)])  # of epochs 1 and 2
     monkeypatch.setattr(Q3, "train_epoch", lambda *_: next(results))
     line = refused("Q3.py", "--data", shared_data, *QUICK, "--epochs", 3, "--out", tmp_path)
-    assert "epoch 2 is not a finite number" in line and load(tmp_path / "last.pt")["epoch"] == load(tmp_path / "best.pt")["epoch"] == 1
+    assert "epoch 2 is not a finite number: lower --lr-head" in line and str(tmp_path) in line
+    assert (load(tmp_path / "best.pt")["epoch"], load(tmp_path / "last.pt")["epoch"]) == (0, 1)  # nothing was learnt in epoch 1
 
 
 def test_test_photos_are_first_read_when_training_is_over(small_network, data, tmp_path, refused):
@@ -227,18 +304,20 @@ def test_test_photos_are_first_read_when_training_is_over(small_network, data, t
     line = refused("Q3.py", "--data", data, *QUICK, "--out", tmp_path / "out")
     assert str(data / "val" / "Fungi" / "01.jpg") in line
     assert f"Training is done, and its best epoch is safe in '{tmp_path / 'out' / 'best.pt'}'" in line
-    assert load(tmp_path / "out" / "best.pt")["epoch"] == 1 and not (tmp_path / "out" / "test.json").exists()
+    assert load(tmp_path / "out" / "last.pt")["epoch"] == 1 and not (tmp_path / "out" / "test.json").exists()
 
 
 # -- what always holds ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("file", ["best.pt", "last.pt"])
 def test_frozen_children_stay_bit_identical_and_all_others_move(run, weights, file):
-    before, after = load(weights), load(run[1] / file)["model"]
+    before, checkpoint = load(weights), load(run[1] / file)
+    after = checkpoint["model"]
     assert before.keys() == after.keys()
     for name in (name for name in before if not name.endswith("num_batches_tracked")):
         frozen = name.split(".")[0] in ("conv1", "bn1", "layer1", "layer2")
         held = "running_" in name  # by the tuned recipe, in all layers
+        held = held or checkpoint["epoch"] == 0 and not name.startswith("fc.")  # before the first step
         assert (frozen or held) == torch.equal(before[name], after[name]), name
 
 
@@ -251,7 +330,7 @@ def test_optimiser_holds_exactly_the_parameters_that_learn(freeze):
     in_groups = [id(parameter) for group in (head, backbone) for parameter in group["params"]]
     assert sorted(in_groups) == sorted(id(parameter) for parameter in learning), "each in one group, once"
     assert {id(parameter) for parameter in head["params"]} == {id(parameter) for parameter in network.fc.parameters()}
-    assert (head["lr"], backbone["lr"]) == (1e-3, 1e-4)
+    assert (head["lr"], backbone["lr"]) == (head["initial_lr"], backbone["initial_lr"]) == (1e-3, 1e-4)
 
 
 def test_default_freeze_lets_layer3_layer4_and_fc_learn():
@@ -275,16 +354,16 @@ def test_held_batchnorm_keeps_its_statistics_and_learns_scale_and_shift(small_ne
     model = Q3.FineTuned(Q3.build_network("none", 3), 6, hold_batchnorm=True)
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     optimizer, maps = Q3.build_optimizer(model, 0.1, 0.1), torch.randn(4, 512, 8, 8)
-    Q3.train_epoch(model, [(maps, torch.tensor([0, 1, 2, 0]), 4)], optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    Q3.train_epoch(model, [(maps, torch.tensor([0, 1, 2, 0]), 4)], optimizer, torch.amp.GradScaler("cpu", enabled=False), [1.0])
     for name, value in model.backbone.state_dict().items():
         assert torch.equal(value, before[name]) == ("running" in name or "num_batches" in name), name
 
 
 def test_statistics_of_batchnorm_are_held_by_the_tuned_recipe_if_there_are_any(quick_run):
-    torch.save(Q3.resnet50().state_dict(), "small.pth")
     for recipe, spec, held in (("reference", "small.pth", False), ("tuned", "small.pth", True), ("tuned", "none", False)):
         state = load(quick_run(f"{recipe}-{spec}", "--recipe", recipe, "--weights", spec) / "last.pt")["model"]
-        assert bool((state["layer4.0.bn1.running_mean"] == 0).all()) == held, (recipe, spec)
+        before = load(Path("small.pth"))["layer4.0.bn1.running_mean"] if spec != "none" else torch.zeros(())
+        assert bool((state["layer4.0.bn1.running_mean"] == before).all()) == held, (recipe, spec)
 
 
 @pytest.mark.parametrize("freeze", range(10))
@@ -305,10 +384,10 @@ def test_metrics_do_not_depend_on_the_batches(small_network):
     model.hold_batchnorm = True
     logits = model.network.eval()(normalised(pixels)).detach()
     expected = nn.functional.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
-    standing_still, scaler = torch.optim.SGD(model.parameters(), lr=0.0), torch.amp.GradScaler("cpu", enabled=False)
+    standing_still, scaler = torch.optim.SGD([{"params": list(model.parameters()), "initial_lr": 0.0}]), torch.amp.GradScaler("cpu", enabled=False)
     for batch_size in (1, 3, 7, 22, 64):
         loader = Q3.batches(photos, torch.randperm(23), batch_size, "")
-        assert Q3.train_epoch(model, loader, standing_still, scaler) == pytest.approx(expected, abs=1e-5)
+        assert Q3.train_epoch(model, loader, standing_still, scaler, [1.0] * math.ceil(23 / batch_size)) == pytest.approx(expected, abs=1e-5)
         logits = Q3.predict(model, Q3.batches(photos, torch.arange(23), batch_size, ""))
         assert Q3.loss_and_accuracy(logits, labels) == pytest.approx(expected, abs=1e-5)
 
@@ -351,10 +430,10 @@ def test_checkpoint_holds_plain_values_on_the_cpu_and_all_that_resuming_needs(ru
     checkpoint = load(run[1] / "last.pt")
     assert checkpoint["classes"] == list(COLOURS)
     assert checkpoint["preprocessing"]["image_size"] == 64 and checkpoint["options"]["weights"].endswith(".pth")
-    assert [row["epoch"] for row in checkpoint["history"]] == [1, 2, 3]
+    assert [row["epoch"] for row in checkpoint["history"]] == [0, 1, 2, 3]
     optimizer = Q3.build_optimizer(Q3.FineTuned(Q3.build_network("none", 3), 6), 1, 1)
     optimizer.load_state_dict(checkpoint["optimizer"])
-    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-4]
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [1e-4, 1e-5]
     assert all(state["step"] == 9 for state in optimizer.state.values())
 
 
@@ -383,11 +462,13 @@ def test_interruption_while_saving_is_an_interruption(tmp_path, monkeypatch):
 
 def test_row_is_on_disk_before_it_is_on_screen(small_network, shared_data, tmp_path, monkeypatch):
     def printed(*args, **options):
-        if args and args[0].startswith("    1 |"):
-            assert load(tmp_path / "best.pt")["epoch"] == load(tmp_path / "last.pt")["epoch"] == len(read_csv(tmp_path / "history.csv")) == 1
-            printed.rows = True
+        if args and re.match(r"    \d \|", args[0]):
+            assert load(tmp_path / "last.pt")["epoch"] == int(args[0][:5]) == len(read_csv(tmp_path / "history.csv")) - 1
+            assert load(tmp_path / "best.pt")["epoch"] <= int(args[0][:5])
+            printed.rows += 1
+    printed.rows = 0
     monkeypatch.setattr("builtins.print", printed)
-    assert call("Q3.py", "--data", shared_data, *QUICK, "--out", tmp_path) == 0 and printed.rows
+    assert call("Q3.py", "--data", shared_data, *QUICK, "--out", tmp_path) == 0 and printed.rows == 2
 
 
 def test_head_starts_small_and_new_whatever_the_weights_held(weights, tmp_path):
@@ -412,7 +493,7 @@ def halves(left, right) -> Image.Image:
 
 
 def colours_of(file: Path) -> list[tuple]:
-    photo = Q3.read_photo(file, 40)
+    photo = Q3.read_photo(file, 40, None)
     assert photo.shape == (40, 40, 3) and photo.dtype == np.uint8
     return [photo[20, 8].tolist(), photo[20, 32].tolist()]
 
@@ -473,6 +554,35 @@ def test_a_batch_is_what_torchvisions_transforms_make_of_the_photo(tmp_path):
     (images, labels, _), = Q3.batches(photos, torch.tensor([0]), 64, "")
     assert torch.allclose(images[0], prepare(Image.open(tmp_path / "x.jpg")), atol=1e-5) and labels.tolist() == [4]
     assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("size", [(800, 600), (600, 800), (300, 300)])
+def test_cropped_photo_is_that_of_torchvisions_resize_and_centre_crop(tmp_path, size):
+    """Short side 256, of which the middle 224: but for the rounding of whole pixels."""
+    x, y = np.meshgrid(np.linspace(0, 6, size[0]), np.linspace(0, 6, size[1]))
+    Image.fromarray((127 + 120 * np.stack([np.sin(x), np.cos(y), np.sin(x + y)], 2)).astype(np.uint8)).save(tmp_path / "x.png")
+    expected = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])(Image.open(tmp_path / "x.png"))
+    ours = Q3.read_photo(tmp_path / "x.png", 224, 1 / 16)
+    assert ours.shape == (224, 224, 3) and np.abs(ours.astype(int) - np.asarray(expected)).max() <= 3
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 2), (3000, 5)])
+def test_photos_of_odd_shapes_are_cropped_too(tmp_path, size):
+    Image.new("RGB", size, (10, 200, 30)).save(tmp_path / "x.png")
+    assert (Q3.read_photo(tmp_path / "x.png", 32, 1 / 16) == (10, 200, 30)).all()
+
+
+def test_features_that_cannot_be_told_apart_are_an_error(small_network, shared_data, refused):
+    state = load(Path("small.pth"))
+    torch.save({name: torch.full_like(value, float("nan")) if name == "layer4.0.conv1.weight" else value for name, value in state.items()}, "nan.pth")
+    assert "no finite numbers" in refused("Q3.py", "--data", shared_data, *QUICK, "--weights", "nan.pth", "--out", "out")
+
+
+def test_recipes_do_not_share_pixels(quick_run, capsys):
+    quick_run("tuned")
+    capsys.readouterr()
+    quick_run("reference", "--recipe", "reference")
+    assert "Decoding    30 photos" in capsys.readouterr().out
 
 
 def test_decoding_keeps_the_order(tmp_path):
@@ -548,8 +658,8 @@ def test_larger_subset_and_other_seed_decode_only_what_is_new(quick_run, data, c
     lambda data: draw_photo(data / "train" / "Aves" / "new.jpg", (0, 0, 0), 77)])
 def test_changed_photos_are_decoded_again(data, spoil):
     def store():
-        return Q3.pixel_store(Path("cache"), data / "train", sorted((data / "train").rglob("*.jpg")), 32).file
-    first, other_size = store(), Q3.pixel_store(Path("cache"), data / "train", sorted((data / "train").rglob("*.jpg")), 40).file
+        return Q3.pixel_store(Path("cache"), data / "train", sorted((data / "train").rglob("*.jpg")), 32, None).file
+    first, other_size = store(), Q3.pixel_store(Path("cache"), data / "train", sorted((data / "train").rglob("*.jpg")), 40, None).file
     assert first == store() and first.exists()
     spoil(data)
     assert first != store() and other_size.exists()
@@ -619,10 +729,10 @@ def test_test_and_validation_photos_are_seen_whole(quick_run, monkeypatch):
         return look(self, which, places)
     monkeypatch.setattr(Q3.Photos, "look", recorded)
     quick_run("out", "--batch-size", 100)
-    assert looks == [(1, False), (30, False), (24, True), (6, False), (12, False)]
+    assert looks == [(1, False), (30, False), (24, False), (6, False), (24, True), (6, False), (12, False)]
     looks.clear()
     quick_run("reference", "--batch-size", 100, "--recipe", "reference")
-    assert looks == [(1, False), (24, False), (6, False), (12, False)]
+    assert looks == [(1, False), (30, False), (24, False), (6, False), (12, False)]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
@@ -709,13 +819,12 @@ FLAGS = {  # flag: (value, what the run folder then shows)
     "--seed": (5, lambda out: json.loads((out / "split.json").read_text())["seed"] == 5),
     "--image-size": (40, lambda out: load(out / "best.pt")["preprocessing"]["image_size"] == 40),
     "--freeze": (9, lambda out: json.loads((out / "config.json").read_text())["trainable_parameters"] == 3 * 2048 + 3),
-    "--epochs": (2, lambda out: len(read_csv(out / "history.csv")) == 2),
+    "--epochs": (2, lambda out: read_csv(out / "history.csv")[-1]["epoch"] == "2"),
     "--batch-size": (4, lambda out: all(state["step"] == 6 for state in load(out / "last.pt")["optimizer"]["state"].values())),
-    "--lr-head": (0.01, lambda out: load(out / "last.pt")["optimizer"]["param_groups"][0]["lr"] == 0.01),
-    "--lr-backbone": (0.02, lambda out: load(out / "last.pt")["optimizer"]["param_groups"][1]["lr"] == 0.02),
+    "--lr-head": (0.01, lambda out: load(out / "last.pt")["optimizer"]["param_groups"][0]["initial_lr"] == 0.01),
+    "--lr-backbone": (0.02, lambda out: load(out / "last.pt")["optimizer"]["param_groups"][1]["initial_lr"] == 0.02),
     "--amp": ("bf16", lambda out: json.loads((out / "config.json").read_text())["precision"] == "bfloat16"),
-    "--recipe": ("reference", lambda out: read_csv(out / "history.csv")[0]["train_loss"] !=
-                 read_csv(out.parent / "plain" / "history.csv")[0]["train_loss"]),
+    "--recipe": ("reference", lambda out: read_csv(out / "history.csv")[0]["epoch"] == "1"),
     "--cache": ("elsewhere", lambda out: len(list((out.parent / "elsewhere").glob("*-*"))) == 3),
     "--cache-gb": (0, lambda out: "--cache-gb" in json.loads((out / "config.json").read_text())["trunk"]),
     "--out": (None, lambda out: out.name == "other"),
@@ -763,7 +872,7 @@ def test_split_takes_a_manifest(quick_run, data, tmp_path):
 def test_workers_is_the_number_of_photos_decoded_at_once(data, tmp_path, monkeypatch):
     """Three threads meet at a barrier; two never would."""
     barrier = threading.Barrier(3, timeout=20)
-    monkeypatch.setattr(Q3, "read_photo", lambda file, size: (barrier.wait(), np.zeros((size, size, 3), np.uint8))[1])
+    monkeypatch.setattr(Q3, "read_photo", lambda file, size, border: (barrier.wait(), np.zeros((size, size, 3), np.uint8))[1])
     (tmp_path / "x.jpg").touch()
     assert len(decoded([tmp_path / "x.jpg"] * 6, 32, workers=3)) == 6
     barrier = threading.Barrier(3, timeout=0.3)
@@ -954,7 +1063,7 @@ def test_without_network_the_message_says_which_file_goes_where(shared_data, mon
 def test_out_that_already_holds_a_run(small_network, shared_data, tmp_path, refused, name):
     (tmp_path / name).write_text("earlier")
     assert "already holds a run" in refused("Q3.py", "--data", shared_data, *QUICK, "--out", tmp_path)
-    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == "earlier"
+    assert sorted(os.listdir(tmp_path)) == sorted([name, "small.pth"]) and (tmp_path / name).read_text() == "earlier"
 
 
 def test_out_that_cannot_be_a_folder(small_network, shared_data, tmp_path, refused):

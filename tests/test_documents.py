@@ -1,11 +1,14 @@
 """The documents: links that point at what they name, and commands and options that exist."""
 
+import json
 import re
 import shlex
 
 import pytest
 from torch.distributed.run import get_args_parser as get_torchruns_parser
 
+import benchmark_accuracy
+import benchmark_freezing
 import benchmark_training
 import dataset_split
 import Q3
@@ -33,8 +36,29 @@ def test_every_command_of_the_readme_is_one_the_scripts_accept():
 
 
 def test_every_option_that_the_documents_name_exists():
-    parsers = *PARSERS.values(), benchmark_training.get_args_parser(), get_torchruns_parser()
+    parsers = (*PARSERS.values(), benchmark_training.get_args_parser(), benchmark_accuracy.get_args_parser(),
+               benchmark_freezing.get_args_parser(), get_torchruns_parser())
     known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
     for document in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / document).read_text()))
         assert named <= known, named - known
+
+
+def test_table_of_ingredients_goes_on_where_it_was_stopped(small_network, shared_data, tmp_path, capsys):
+    def printed(*seeds):
+        benchmark_accuracy.main(["--data", str(shared_data), "--weights", "small.pth", "--fraction", "1.0", "--image-size", "32", "--epochs", "1",
+                                 "--results", str(tmp_path / "results"), "--seeds", *seeds])
+        return capsys.readouterr().out, (tmp_path / "results").read_text().splitlines()
+    variants = len(benchmark_accuracy.VARIANTS)
+    table, one = printed("0")
+    assert table.count("\n") == variants + 2 and len(one) == variants
+    _, two = printed("0", "1")
+    assert two[:variants] == one and len(two) == 2 * variants
+    tuned, *others = [json.loads(line)["last_loss"] for line in one]
+    assert all(other != tuned for other in others), "each variant changes something"
+
+
+def test_table_of_freezing_depths_can_be_printed_again(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmark_freezing.py", "--image-size", "32"])
+    benchmark_freezing.main()
+    assert re.search(r"^\| 6 \| layer3, layer4, fc \| 22,083,594 \|", capsys.readouterr().out, re.MULTILINE)
