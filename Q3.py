@@ -15,6 +15,7 @@ all that comes from there. On several GPUs: torchrun --nproc-per-node=N Q3.py
 
 import argparse
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -354,8 +355,9 @@ def disk_errors(folder: Path):
     try:
         yield
     except OSError as error:
-        raise InputError(f"decoded photos and their maps can't be kept in '{folder}' ({error.strerror}): make room there, "
-                         "choose another folder with --cache DIR, or do without maps with --cache-gb 0") from None
+        room = "make room there, do without maps with --cache-gb 0, or " if error.errno == errno.ENOSPC else ""
+        raise InputError(f"decoded photos and their maps can't be kept in '{folder}' ({error.strerror}): {room}choose another "
+                         "folder with --cache DIR") from None
 
 
 def fingerprint(*facts) -> str:
@@ -1032,8 +1034,8 @@ def main(args: argparse.Namespace) -> None:
     precision = pick_precision(args.amp, device)
     synchronise = PROCESSES > 1 and not holds_batchnorm(args)
     if synchronise and device.type == "cpu":
-        raise InputError("--recipe reference and --weights none learn BatchNorm's statistics, which torch can't average over "
-                         "several CPU processes: use one process")
+        raise InputError("BatchNorm's statistics are learnt with --recipe reference, or --weights none, and torch can't average "
+                         "them over several CPU processes: use one process")
     if PROCESSES > 1:
         join_processes(device)
     torch.backends.cudnn.deterministic = True  # the same seed, the same run

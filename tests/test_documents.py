@@ -45,17 +45,16 @@ def test_every_option_that_the_documents_name_exists():
 
 
 def test_table_of_ingredients_goes_on_where_it_was_stopped(small_network, shared_data, tmp_path, capsys):
-    def printed(*seeds):
+    def printed(*flags):
         benchmark_accuracy.main(["--data", str(shared_data), "--weights", "small.pth", "--fraction", "1.0", "--image-size", "32", "--epochs", "1",
-                                 "--results", str(tmp_path / "results"), "--seeds", *seeds])
+                                 "--results", str(tmp_path / "results"), *flags])
         return capsys.readouterr().out, (tmp_path / "results").read_text().splitlines()
-    variants = len(benchmark_accuracy.VARIANTS)
-    table, one = printed("0")
-    assert table.count("\n") == variants + 2 and len(one) == variants
-    _, two = printed("0", "1")
-    assert two[:variants] == one and len(two) == 2 * variants
-    tuned, *others = [json.loads(line)["last_loss"] for line in one]
+    table, lines = printed("--seeds", "0")
+    assert table.count("\n") == len(lines) + 2 == len(benchmark_accuracy.VARIANTS) + 2
+    tuned, *others = [json.loads(line)["last_loss"] for line in lines]
     assert all(other != tuned for other in others), "each variant changes something"
+    table, more = printed("--seeds", "0", "1", "--variants", "tuned", "reference")
+    assert more[:-2] == lines and re.search(r"^\| reference \|.* ± ", table, re.MULTILINE)
 
 
 def test_table_of_freezing_depths_can_be_printed_again(monkeypatch, capsys):
