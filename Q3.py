@@ -122,6 +122,11 @@ def holds_batchnorm(args: argparse.Namespace) -> bool:
     return args.freeze >= 8 or starts_from_probe(args)
 
 
+def border_left_out(args: argparse.Namespace) -> float | None:
+    """What `read_photo` takes as `border`: the reference recipe squashes."""
+    return BORDER if args.recipe == "tuned" else None
+
+
 if __name__ == "__main__":
     args = get_args()  # a mistyped option and --help are answered here, before the seconds that torch takes to load
 
@@ -919,7 +924,7 @@ def open_photos(model: FineTuned, pairs: list[tuple[Path, int]], files: list[Pat
     Raises:
         InputError: a photo can't be read, or the disk is full.
     """
-    border = BORDER if args.recipe == "tuned" else None
+    border = border_left_out(args)
     pixels = pixel_store(Path(cache), folder, files, args.image_size, border)
     row = {file: row for row, file in enumerate(files)}
     rows = torch.tensor([row[file] for file, _ in pairs])
@@ -934,12 +939,13 @@ def trained(model: FineTuned, optimizer: torch.optim.Optimizer, scaler: torch.am
     """Train, and yield after each epoch: its number, and mean loss and accuracy of the training photos. Epoch 0 is the start
     of the head, where it isn't noise."""
     tuned, steps = args.recipe == "tuned", math.ceil(len(in_train) / args.batch_size)
+    start = None
     if starts_from_probe(args):
         loader = batches(photos, in_train, args.batch_size, "features of the training photos")
-        first = 0, *probe(model, loader, photos.labels[in_train].cpu())
+        start = probe(model, loader, photos.labels[in_train].cpu())
     learner = nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model  # with the first process's parameters
-    if starts_from_probe(args):
-        yield first
+    if start:
+        yield 0, *start
     for epoch in range(1, args.epochs + 1):
         order, places = draw_epoch(len(in_train), args.seed, epoch)
         loader = batches(photos, in_train[order], args.batch_size, f"epoch {epoch}/{args.epochs}",
@@ -1052,7 +1058,7 @@ def main(args: argparse.Namespace) -> None:
     args.out = claim_folder(args.out) if RANK == 0 else args.out or Path("runs")
     config = {"options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
               "classes": classes, "photos": {part: len(pairs) for part, pairs in parts.items()},
-              "preprocessing": {"image_size": args.image_size, "border": BORDER if args.recipe == "tuned" else None, "interpolation": "bilinear",
+              "preprocessing": {"image_size": args.image_size, "border": border_left_out(args), "interpolation": "bilinear",
                                 "mean": list(MEAN), "std": list(STD)},
               "trainable_parameters": sum(value.numel() for value in network.parameters() if value.requires_grad),
               "frozen_parameters": sum(value.numel() for value in network.parameters() if not value.requires_grad),
