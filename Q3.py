@@ -14,27 +14,29 @@ all that comes from there. On several GPUs: torchrun --nproc-per-node=N Q3.py
 """
 
 import argparse
-import csv
 import errno
 import hashlib
-import io
 import json
 import math
 import os
 import platform
+import re
 import shutil
+import signal
 import sys
-import tempfile
+import threading
 import time
 import warnings
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
-from dataset_split import (InputError, Parser, add_split_options, atomic_write, differences, find_data, labelled,
-                           list_photos, number, read_manifest, run, split, write_manifest)
+from dataset_split import (InputError, Parser, add_split_options, atomic_write, changed_files, claim_folder, differences, download,
+                           exit_codes, file_facts, find_data, load_split, number, print_same_photos, quoted, write_csv, write_json,
+                           write_manifest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,11 +50,16 @@ def get_args_parser() -> Parser:
     group = parser.add_argument_group("photos")
     group.add_argument("--data", type=Path, default=Path("inaturalist_12k"), metavar="DIR",
                        help="folder with train/<Class>/ and val/<Class>/, the test set (default: inaturalist_12k)")
+    group.add_argument("--download", action="store_true",
+                       help="fetch iNaturalist-12K first (3.8 GB), unless it is there; a transfer that broke off goes on")
     add_split_options(group, fraction=0.25)
     group.add_argument("--split", type=Path, metavar="FILE",
                        help="a manifest that dataset_split.py wrote, instead of --fraction and --val-fraction")
     group.add_argument("--image-size", type=number(int, 32, 4096), default=224, metavar="N",
                        help="the network sees N x N pixels of a photo (default: 224)")
+    group.add_argument("--skip-damaged", action="store_true",
+                       help="leave damaged training and validation photos out, and list them in damaged.csv; without it they are "
+                            "an error")
     group.add_argument("--workers", type=number(int, 1, 1024), metavar="N",
                        help="threads that decode photos (default: one for each core)")
     group.add_argument("--cache", type=Path, default=Path(".cache"), metavar="DIR",
@@ -93,16 +100,35 @@ def get_args_parser() -> Parser:
     group = parser.add_argument_group("results")
     group.add_argument("--out", type=Path, metavar="DIR",
                        help="the run's folder; one that already holds a run is refused (default: runs/<date-time>)")
+    group.add_argument("--save-minutes", type=number(float, 0, 10**6), default=5.0, metavar="M",
+                       help="how often last.pt is written within an epoch; 0: after each step (default: 5)")
+    group.add_argument("--resume", type=Path, metavar="RUN",
+                       help="go on with an interrupted run from its last.pt; its folder says all else (Ctrl-C prints the command)")
     return parser
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options, checked; those of a run that is resumed are its own.
+
+    Raises:
+        InputError: options that can't be used, or not together.
+    """
     parser = get_args_parser()
-    args = parser.parse_args(argv, argparse.Namespace(fraction=None, val_fraction=None))
-    if args.split and (args.fraction or args.val_fraction):
+    defaults = vars(parser.parse_args([]))
+    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
+    typed = {name: value for name, value in typed.items() if value is not None}
+    if "split" in typed and ("fraction" in typed or "val_fraction" in typed):
         parser.error("--split FILE takes the place of --fraction and --val-fraction: give one or the other")
-    args.fraction = args.fraction or parser.get_default("fraction")
-    args.val_fraction = args.val_fraction or parser.get_default("val_fraction")
+    if "resume" in typed:
+        own = run_options(typed["resume"])
+        for name in typed.keys() - CHANGEABLE:
+            if typed[name] != own[name]:
+                parser.error(f"--{name.replace('_', '-')} {typed[name]}: the run in '{typed['resume']}' has {own[name]}, and can only "
+                             "go on as it began. For another result start another run")
+        typed = own | {"download": False} | typed | {"out": typed["resume"]}
+    args = argparse.Namespace(**(defaults | typed))
+    if args.download and "WORLD_SIZE" in os.environ:
+        parser.error("--download: fetch the photos with a single process first")
     probed = starts_from_probe(args)
     args.lr_head = args.lr_head or (1e-4 if probed else 1e-3)
     args.lr_backbone = args.lr_backbone or (1e-5 if probed else 1e-4)
@@ -110,6 +136,47 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--batch-size {args.batch_size} with --image-size {args.image_size} can leave layer4's BatchNorm a "
                      "single value to take the mean of: raise one of them")
     return args
+
+
+CHANGEABLE = {"resume", "data", "download", "workers", "cache", "cache_gb", "no_cache", "save_minutes"}  # by a run that goes on
+
+
+def run_options(folder: Path) -> dict:
+    """The options that a run was begun with, read from its config.json as if they had been typed again.
+
+    Raises:
+        InputError: there is no run in this folder, or its file is damaged.
+    """
+    parser, words = get_args_parser(), []
+    try:
+        for name, value in read_config(folder)["options"].items():
+            if value is not None and value is not False:
+                words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
+        return vars(parser.parse_args(words))
+    except (InputError, AttributeError) as error:
+        raise InputError(f"--resume '{folder}': its config.json is damaged or of another version ({first_line(error)})") from None
+
+
+def read_config(folder: Path) -> dict:
+    """A run's config.json.
+
+    Raises:
+        InputError: it isn't there, or is something else.
+    """
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_bytes())
+    except OSError as error:
+        raise InputError(f"--resume '{folder}': no run there to go on with ('{file}': {error.strerror})") from None
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict) or not isinstance(config.get("options"), dict):
+        raise InputError(f"--resume '{folder}': '{file}' is not the JSON that a run writes")
+    return config
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def starts_from_probe(args: argparse.Namespace) -> bool:
@@ -127,8 +194,13 @@ def border_left_out(args: argparse.Namespace) -> float | None:
     return BORDER if args.recipe == "tuned" else None
 
 
-if __name__ == "__main__":
-    args = get_args()  # a mistyped option and --help are answered here, before the seconds that torch takes to load
+RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
+
+if __name__ == "__main__":  # mistakes and --help are answered here, before the seconds that torch takes to load
+    with exit_codes(speaks=RANK == 0):
+        args = get_args()
+        args.download or find_data(args.data)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # meanwhile Ctrl-C just ends
 
 import numpy as np
 import PIL
@@ -146,21 +218,17 @@ BORDER = 1 / 16  # of a photo's short side, at either end: its middle 224 of 256
 PENALTY = 0.03  # on the squares of the weights of the logistic regression that the head starts from
 WARM_UP = 0.1  # part of the steps in which the tuned recipe's learning rates rise
 CROP = 5 / 7  # of a photo's side that a step of training sees: 160 of 224 pixels, 20 of 28 places of a trunk map
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 STORE_FORMAT = 1  # to be raised when read_photo or FineTuned.maps give something else
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine, and the processes that torchrun started
 # ---------------------------------------------------------------------------------------------------------------------
 
-RANK, LOCAL_RANK, PROCESSES, LOCAL_PROCESSES = (
-    int(os.environ.get(name, alone))  # this process among all and on this machine; how many there are of either
-    for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+LOCAL_RANK, PROCESSES, LOCAL_PROCESSES = (
+    int(os.environ.get(name, alone))  # this process among those of this machine; how many there are in all and on it
+    for name, alone in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
 QUIET = True if RANK else None  # for tqdm: one process draws progress bars, and only in a terminal
 
 
@@ -172,7 +240,7 @@ def join_processes(device: torch.device) -> None:
     """
     if device.type == "mps":
         raise InputError("several processes need NVIDIA GPUs, or --device cpu")
-    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    backend, device_id = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
     warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1 x 1 convolutions, whose strides say nothing
     # One may wait for a day while another decodes; when one dies, torchrun ends all.
     distributed.init_process_group(backend, timeout=timedelta(days=1), device_id=device_id)
@@ -198,6 +266,40 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
     if PROCESSES > 1:
         distributed.all_reduce(tensor)
     return tensor
+
+
+class Stopped(KeyboardInterrupt):
+    """Asked to stop, and at a place now that the run can go on from."""
+
+
+STOPPING = threading.Event()
+
+
+@contextmanager
+def stopping_between_steps():
+    """Let Ctrl-C, a closed terminal and SIGTERM, which schedulers send, wait for the end of a step. A second one does not wait."""
+    def ask(*_):
+        STOPPING.set()
+        os.write(2, b"\nstopping after this step; once more to leave at once\n")  # print() may be in the middle of something
+        for number in before:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, ask) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        STOPPING.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def wished(*wishes: bool) -> list[int]:
+    """For each wish whether any process has it, so that all do the same; they have to ask together."""
+    flags = torch.tensor(wishes, dtype=torch.int32)
+    if PROCESSES > 1:
+        distributed.all_reduce(flags, distributed.ReduceOp.MAX)
+    return flags.tolist()
 
 
 def pick_device(name: str) -> torch.device:
@@ -277,8 +379,10 @@ def read_photo(file: Path, size: int, border: float | None) -> np.ndarray:
         uint8 array (size, size, 3).
 
     Raises:
-        InputError: the file is no photo, or a damaged one.
+        InputError: the file is no photo, a damaged one, or one of more pixels than Pillow thinks sane (89 million).
     """
+    if not os.path.isfile(file):  # opening a pipe would wait for ever
+        raise InputError(f"'{file}' is not there, or no file")
     try:
         with Image.open(file) as image:
             turn = UPRIGHT.get(orientation(image))
@@ -290,9 +394,11 @@ def read_photo(file: Path, size: int, border: float | None) -> np.ndarray:
                 return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
             return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, border))
     except UnidentifiedImageError:
-        raise InputError(f"'{file}' is no photo, whatever its name says: replace or remove it") from None
+        raise InputError(f"'{file}' is no photo, whatever its name says") from None
+    except MemoryError:
+        raise
     except Exception as error:  # for a damaged file Pillow raises nearly anything: OSError, SyntaxError, struct.error
-        raise InputError(f"photo '{file}' can't be read ({first_line(error)}): replace or remove it") from None
+        raise InputError(f"photo '{file}' can't be read ({first_line(error)})") from None
 
 
 def orientation(image: Image.Image) -> int:
@@ -375,6 +481,8 @@ def in_steps(title: str, rows: torch.Tensor, size: int):
     start = time.perf_counter()
     with tqdm(desc=title, total=len(rows), unit="photo", leave=False, disable=QUIET) as progress:
         for some in rows.split(size) if len(rows) else ():
+            if STOPPING.is_set():
+                raise Stopped
             yield some
             progress.update(len(some))
     if len(rows):
@@ -383,31 +491,42 @@ def in_steps(title: str, rows: torch.Tensor, size: int):
               f"({len(rows) / seconds:,.0f} a second)", flush=True)
 
 
-def pixel_store(cache: Path, folder: Path, files: list[Path], size: int, border: float | None) -> Store:
+def pixel_store(cache: Path, folder: Path, facts: list[tuple], size: int, border: float | None) -> Store:
     """The store of a folder's photos, which holds for as long as none of them is added, removed or changed."""
-    try:
-        facts = [(str(file.relative_to(folder)), (status := os.stat(file)).st_size, status.st_mtime_ns) for file in files]
-    except OSError as error:
-        raise InputError(f"photo '{error.filename}' can't be read ({error.strerror})") from None
-    return Store(cache, f"pixels-{fingerprint(folder.resolve(), size, border)}", (facts, PIL.__version__), len(files),
+    facts = [(os.path.relpath(name, folder), *rest) for name, *rest in facts]
+    return Store(cache, f"pixels-{fingerprint(folder.resolve(), size, border)}", (facts, PIL.__version__), len(facts),
                  (size, size, 3), torch.uint8)
 
 
-def decode(files: list[Path], rows: torch.Tensor, pixels: Store, workers: int, border: float | None) -> None:
+def decode(files: list[Path], rows: torch.Tensor, pixels: Store, workers: int, border: float | None) -> dict[int, str]:
     """Decode the photos of these rows, unless they are in the store already, in several threads.
 
     Threads rather than processes, because Pillow lets them run side by side (two cores, photos of 800 x 600: 144
     photos/s with one thread, 272 with two, 222 with two processes). A few at a time, so that few wait to be written.
 
+    Returns:
+        {row: what is wrong} of those that can't be read.
+
     Raises:
-        InputError: a photo can't be read, or the disk is full.
+        InputError: the disk is full.
     """
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of odd metadata; the pixels are fine
+    warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
     few = max(workers, min(32 * workers, 2**27 // pixels.row_bytes))
+    damaged = {}
+
+    def read(row: int) -> np.ndarray | None:
+        try:
+            return read_photo(files[row], pixels.shape[0], border)
+        except InputError as error:
+            damaged[row] = str(error)
+
     with ThreadPoolExecutor(workers) as pool:
         for some in in_steps("Decoding", rows[pixels.missing(rows)], few):
-            photos = pool.map(partial(read_photo, size=pixels.shape[0], border=border), [files[row] for row in some])
-            pixels.write(some, torch.from_numpy(np.stack(list(photos))))
+            photos = {row: photo for row, photo in zip(some.tolist(), pool.map(read, some.tolist())) if photo is not None}
+            if photos:
+                pixels.write(torch.tensor(list(photos)), torch.from_numpy(np.stack(list(photos.values()))))
+    return damaged
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -435,11 +554,31 @@ def initial_state(spec: str) -> dict[str, torch.Tensor] | None:
     if not os.path.isfile(spec):
         names = ", ".join(member.name for member in ResNet50_Weights)
         raise InputError(f"--weights '{spec}' is no file, nor one of {names}, none")
+    return load_tensors(Path(spec), f"--weights '{spec}'", "a state dict, as torch.save(model.state_dict(), PATH) writes it")
+
+
+def load_tensors(file: Path, name: str, expected: str):
+    """What torch.save wrote into a file, if that is tensors and plain values. No code in it is run.
+
+    Raises:
+        InputError: the file can't be read, is damaged, holds code, or is something else than the `expected`.
+    """
     try:
-        return torch.load(spec, map_location="cpu", weights_only=True)
-    except Exception:  # what torch says here is how to load a file unsafely
-        raise InputError(f"--weights '{spec}' is not a state dict, as torch.save(model.state_dict(), PATH) writes it, or a "
-                         "damaged one: fetch or save it again") from None
+        with open(file, "rb") as stream:
+            if zipfile.is_zipfile(stream) and (part := zipfile.ZipFile(stream).testzip()):  # torch doesn't check
+                raise InputError(f"{name} is damaged (in its part {part!r}): fetch or save it again")
+            stream.seek(0)
+            return torch.load(stream, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{name} can't be read: {error.strerror or error}") from None
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # what torch says here is how to load a file unsafely
+        code = re.search(r"Unsupported (?:global|class)\S*(?: GLOBAL)? (\S+)", str(error))
+        if code:
+            raise InputError(f"{name} holds code ({code[1]}), not only tensors and plain values: it was refused and "
+                             f"nothing of it was run. Expected: {expected}") from None
+        raise InputError(f"{name} is not {expected}, or a damaged one: fetch or save it again") from None
 
 
 def build_network(spec: str, classes: int) -> nn.Module:
@@ -539,11 +678,16 @@ class Photos:
         pixels: the decoded photos of a folder.
         rows: which of these the photos are, int64 (photos,).
         labels: int64 (photos,).
+        files: where they come from.
     """
 
-    def __init__(self, model: FineTuned, pixels: Store, rows: torch.Tensor, labels: torch.Tensor):
-        self.model, self.pixels, self.rows, self.labels = model, pixels, rows, send(labels, model.device)
+    def __init__(self, model: FineTuned, pixels: Store, rows: torch.Tensor, labels: torch.Tensor, files: list[Path] = []):
+        self.model, self.pixels, self.rows, self.labels, self.files = model, pixels, rows, send(labels, model.device), files
         self.kept: Store | torch.Tensor | None = None  # maps of all photos, or their pixels on the GPU
+
+    def checksums(self) -> torch.Tensor:
+        """CRC-32 of each photo's pixels, int64 (photos,): what tells whether the network still learns from the same."""
+        return torch.tensor([zlib.crc32(photo) for some in self.rows.split(256) for photo in self.pixels[some].numpy()])
 
     def look(self, which: torch.Tensor, places: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The trunk's maps (views, channels, side, side) of these photos and their labels, on the device.
@@ -630,19 +774,25 @@ def draw_epoch(count: int, seed: int, epoch: int) -> tuple[torch.Tensor, torch.T
     return torch.randperm(count, generator=generator), torch.rand(count, 2, generator=generator)
 
 
-def batches(photos: Photos, which: torch.Tensor, batch_size: int, title: str, places: torch.Tensor | None = None):
-    """Go once through these photos in their order, in steps of at most `batch_size`, all of nearly the same size (65 make
-    33 + 32 rather than 64 + 1: one photo alone is a poor gradient, and no BatchNorm statistics).
+def steps_of(count: int, batch_size: int) -> tuple[torch.Tensor, ...]:
+    """Which of so many photos are in which step: at most `batch_size`, all of nearly the same size (65 make 33 + 32 rather
+    than 64 + 1: one photo alone is a poor gradient, and no BatchNorm statistics)."""
+    return torch.arange(count).tensor_split(math.ceil(count / batch_size))
+
+
+def batches(photos: Photos, which: torch.Tensor, batch_size: int, title: str, places: torch.Tensor | None = None, done: int = 0):
+    """Go once through these photos in their order, in steps.
 
     Args:
         which, places: as in `Photos.look`.
         title: what the progress bar says, where standard error is a terminal.
+        done: how many steps to leave out at the start.
 
     Yields:
         This process's share of a step, maps and labels as `Photos.look` gives them, and the size of the whole step.
     """
-    steps = torch.arange(len(which)).tensor_split(math.ceil(len(which) / batch_size))
-    for step in tqdm(steps, desc=title, unit="step", leave=False, disable=QUIET):
+    steps = steps_of(len(which), batch_size)
+    for step in tqdm(steps[done:], title, len(steps), initial=done, unit="step", leave=False, disable=QUIET):
         mine = step[RANK::PROCESSES]
         yield *photos.look(which[mine], None if places is None else places[mine]), len(step)
 
@@ -679,6 +829,8 @@ def predict(model: FineTuned, loader, layers=None) -> torch.Tensor:
     model.eval()
     steps = []
     for maps, _, count in loader:
+        if any(wished(STOPPING.is_set())):
+            raise Stopped
         mine = (layers or model)(maps)
         steps.append(mine.new_zeros(count, mine.shape[1]))
         steps[-1][RANK::PROCESSES] = mine
@@ -723,20 +875,26 @@ def probe(model: FineTuned, loader, labels: torch.Tensor) -> tuple[float, float]
         return loss_and_accuracy(head(features), labels)
 
 
-def train_epoch(model: nn.Module, loader, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                shares) -> tuple[float, float]:
+class NotFinite(Exception):
+    """A loss that is infinite or no number. Its arguments: the step, counted from the first one made, and its losses (photos,)."""
+
+
+def train_epoch(model: nn.Module, loader, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, shares,
+                totals: torch.Tensor, after_step=lambda: None) -> None:
     """One pass over the training photos.
 
     Args:
         shares: of the learning rates, one a step.
+        totals: float32 (2,), to which this adds the sum of the photos' losses and how many were recognised, as they were when the
+            network met them (it learns meanwhile, so they lag behind what it can do at the end of the epoch).
+        after_step: is called after each step.
 
-    Returns:
-        Mean loss and accuracy of the photos as they were when the network met them (it learns meanwhile, so they lag
-        behind what it can do at the end of the epoch).
+    Raises:
+        NotFinite: found one step late, so that a GPU needn't be waited for.
     """
     model.train()
-    totals, photos = 0, 0
-    for (maps, labels, count), share in zip(loader, shares, strict=True):
+    before = torch.zeros(1)
+    for step, ((maps, labels, count), share) in enumerate(zip(loader, shares, strict=True)):
         for group in optimizer.param_groups:
             group["lr"] = share * group["initial_lr"]
         logits = model(maps)
@@ -745,10 +903,13 @@ def train_epoch(model: nn.Module, loader, optimizer: torch.optim.Optimizer, scal
         scaler.scale(losses.sum() / count * PROCESSES).backward()  # of several processes DDP takes the mean
         scaler.step(optimizer)
         scaler.update()
-        totals += torch.stack([losses.detach().sum(), (logits.argmax(1) == labels).sum()])
-        photos += count
-    loss_sum, correct = summed(totals).tolist()
-    return loss_sum / photos, correct / photos
+        if not before.isfinite().all():
+            raise NotFinite(step - 1, before)
+        before = losses.detach()
+        totals += torch.stack([before.sum(), (logits.argmax(1) == labels).sum()])
+        after_step()
+    if not before.isfinite().all():
+        raise NotFinite(step, before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -757,6 +918,8 @@ def train_epoch(model: nn.Module, loader, optimizer: torch.optim.Optimizer, scal
 
 def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
     """The interval that a proportion lies in with 95 % confidence (E. B. Wilson, JASA 1927)."""
+    if not count:
+        return 0.0, 1.0
     share = correct / count
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
@@ -776,66 +939,71 @@ def test_report(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) 
         hits, actual = int(confusion[index, index]), int(confusion[index].sum())
         claimed = int(confusion[:, index].sum())
         per_class[name] = {"photos": actual, "precision": hits / max(1, claimed), "recall": hits / max(1, actual),
-                           "f1": 2 * hits / max(1, actual + claimed)}
+                           "recall_interval_95": wilson_interval(hits, actual), "f1": 2 * hits / max(1, actual + claimed)}
     return {"photos": len(labels), "loss": loss, "accuracy": accuracy,
             "accuracy_interval_95": wilson_interval(int(confusion.trace()), len(labels)),
             "per_class": per_class, "classes": classes, "confusion": confusion.tolist()}
 
 
 def print_report(report: dict) -> None:
-    low, high = report["accuracy_interval_95"]
-    print(f"\nTest of the best epoch ({report['epoch']}) on {report['photos']:,} photos: "
-          f"accuracy {report['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), loss {report['loss']:.4f}\n")
+    print(f"\nTest of the best epoch ({report['epoch']}) on {report['photos']:,} photos: accuracy "
+          f"{with_interval(report['accuracy'], report['photos'])}, loss {report['loss']:.4f}\n")
     width = max(len("Class"), *(len(name) for name in report["classes"]))
-    print(f"{'Class':{width}} | Photos | Precision | Recall |     F1")
+    print(f"{'Class':{width}} | Photos | Precision | Recall (95 % interval) |     F1")
     for name, row in report["per_class"].items():
-        print(f"{name:{width}} | {row['photos']:6} | {row['precision']:9.4f} | {row['recall']:6.4f} | {row['f1']:6.4f}")
+        low, high = row["recall_interval_95"]
+        print(f"{name:{width}} | {row['photos']:6} | {row['precision']:9.4f} | {row['recall']:6.4f} ({low:.4f}-{high:.4f}) | {row['f1']:6.4f}")
+
+
+def with_interval(accuracy: float, photos: int) -> str:
+    low, high = wilson_interval(round(accuracy * photos), photos)
+    return f"{accuracy:.4f} (95 % interval {low:.4f} to {high:.4f})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run's folder
 # ---------------------------------------------------------------------------------------------------------------------
 
-RUN_FILES = ("config.json", "split.json", "history.csv", "last.pt", "best.pt", "test.json", "predictions.csv")
+RUN_FILES = ("config.json", "split.json", "history.csv", "last.pt", "best.pt", "test.json", "predictions.csv", "damaged.csv",
+             "same_photos.csv", "not_finite.csv")
 
 
-def claim_folder(out: Path | None) -> Path:
-    """Make the run's folder: `out`, or runs/<date-time> where that is None.
-
-    Raises:
-        InputError: it can't be made or written to, or it holds a run already.
-    """
+@contextmanager
+def run_folder(args: argparse.Namespace):
+    """The folder of a run, args.out: a new one, or that of --resume, with what a kill may have left cleaned away. Whatever ends
+    the run, the message says how to go on; a run that could not begin leaves nothing behind."""
+    default = args.out is None
+    if RANK == 0:
+        args.out = claim_folder(args.out, RUN_FILES, args.resume is not None)
+    args.out = args.out or Path("runs")
+    command = f"{f'torchrun --nproc-per-node={LOCAL_PROCESSES}' if PROCESSES > 1 else 'python'} Q3.py --resume {quoted(str(args.out))}"
+    begun = args.resume is not None
     try:
-        if out is None:
-            out = new_folder(Path("runs"))
-        out.mkdir(parents=True, exist_ok=True)
-        if any((out / name).exists() for name in RUN_FILES):
-            raise InputError(f"--out '{out}' already holds a run: give another folder, or move that one away")
-        tempfile.TemporaryFile(dir=out).close()
-        return out
-    except OSError as error:
-        raise InputError(f"--out '{out or 'runs'}' can't be the run's folder: {error.strerror}") from None
-
-
-def new_folder(parent: Path) -> Path:
-    """A folder that is named after this second; the next one, if another run has taken it."""
-    parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        folder = parent / time.strftime("%Y-%m-%d_%H-%M-%S")
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            time.sleep(0.2)
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"go on with: {command}") from None
+    except Diverged:
+        raise
+    except InputError as error:
+        if begun or (args.out / "last.pt").exists():
+            raise InputError(f"{error}. Then go on with: {command}") from None
+        for name in RUN_FILES if RANK == 0 else ():
+            (args.out / name).unlink(missing_ok=True)
+        if RANK == 0 and default:
+            args.out.rmdir()
+        raise
+    finally:
+        if args.no_cache:
+            shutil.rmtree(args.out / ".cache", ignore_errors=True)
 
 
 def machine(device: torch.device, precision: torch.dtype) -> dict:
     """What a run's figures depend on besides its options."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": device.type, "device_name": name, "threads": torch.get_num_threads(),
-            "precision": str(precision).removeprefix("torch."),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "torchvision": torchvision.__version__, "numpy": np.__version__}}
+            "precision": str(precision).removeprefix("torch."), "processes": PROCESSES,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+                         "numpy": np.__version__, "pillow": PIL.__version__}}
 
 
 def print_banner(config: dict) -> None:
@@ -850,20 +1018,6 @@ def print_banner(config: dict) -> None:
           f"{f', {PROCESSES} processes' if PROCESSES > 1 else ''}\n"
           f"Steps       {steps} an epoch, {steps * options['epochs']:,} in {options['epochs']} epochs\n"
           f"Results     {options['out']}", flush=True)
-
-
-def write_json(file: Path, value) -> None:
-    with atomic_write(file) as stream:
-        stream.write((json.dumps(value, indent=1) + "\n").encode())
-
-
-def write_csv(file: Path, rows: list[dict]) -> None:
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, rows[0])
-    table.writeheader()
-    table.writerows(rows)
-    with atomic_write(file) as stream:
-        stream.write(text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def on_cpu(value):
@@ -882,145 +1036,343 @@ def save_checkpoint(file: Path, checkpoint: dict) -> None:
     except RuntimeError as error:  # how torch reports that it could not write to the end
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
-        raise InputError(f"'{file}' can't be written ({first_line(error)}): is the disk full?") from None
+        raise InputError(f"'{file}' can't be written ({first_line(error)}): is the disk full? Make room") from None
+
+
+CHECKPOINT = {"format": int, "architecture": str, "model": dict, "classes": list, "preprocessing": dict, "options": dict, "epoch": int,
+              "history": list, "step": int, "totals": torch.Tensor, "seconds": float, "checksums": torch.Tensor, "optimizer": dict,
+              "scaler": dict}  # what a checkpoint holds
+
+
+def load_checkpoint(file: Path) -> dict:
+    """A checkpoint that this script wrote, on the CPU.
+
+    Raises:
+        InputError: it can't be read, is damaged, or is something else.
+    """
+    checkpoint = load_tensors(file, f"'{file}'", "a checkpoint of Q3.py")
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+        tensors = isinstance(checkpoint, dict) and checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values())
+        found = "a state dict, which --weights takes" if tensors else f"a {type(checkpoint).__name__}"
+        raise InputError(f"'{file}' is no checkpoint of Q3.py but {found}")
+    if type(checkpoint["format"]) is not int or checkpoint["format"] != CHECKPOINT_FORMAT:
+        raise InputError(f"'{file}' has checkpoint format {checkpoint['format']!r}, this version of Q3.py reads {CHECKPOINT_FORMAT}: use "
+                         "the version that wrote it, or start another run")
+    wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(name), kind)]
+    if wrong:
+        raise InputError(f"'{file}' is no checkpoint of Q3.py: its {', '.join(wrong)} is missing or of the wrong kind")
+    return checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The job
 # ---------------------------------------------------------------------------------------------------------------------
 
-def load_split(args: argparse.Namespace) -> tuple[dict, dict[str, list[tuple[Path, int]]], list[Path]]:
-    """The manifest; the (file, label) pairs of "train", "val" and "test"; and all files of train/, used or not. No
-    photo is opened.
+def open_photos(model: FineTuned, pairs: list[tuple[Path, int]], facts: list[tuple], folder: Path, cache: Path,
+                args: argparse.Namespace) -> tuple[Photos, dict[Path, str]]:
+    """The photos of these (file, label) pairs, decoded, and what is wrong with damaged ones, which were left out.
+
+    Args:
+        facts: as `file_facts` gives them, of all files of the folder, whose photos share a store.
 
     Raises:
-        InputError: folders, photos or a manifest that can't be used.
+        InputError: a photo can't be read and is not to be left out, photos change meanwhile, or the disk is full.
     """
-    data = args.data = find_data(args.data)
-    photos = list_photos(data / "train")
-    if not os.path.isdir(data / "val"):
-        raise InputError(f"no val/ in the data folder '{data}': the test photos are expected as "
-                         f"{data}/val/<Class>/<photo>.jpg")
-    test_photos = list_photos(data / "val")
-    if test_photos.keys() != photos.keys():
-        raise InputError(f"'{data / 'train'}' and '{data / 'val'}' have different classes: "
-                         f"{differences(photos, test_photos, 'train', 'val')}")
-    if args.split:
-        manifest = read_manifest(args.split, photos)
-        args.fraction, args.val_fraction = manifest["fraction"], manifest["val_fraction"]
-    else:
-        manifest = split(photos, args.fraction, args.val_fraction, args.seed)
-    classes, test_paths = manifest["classes"], [path for paths in test_photos.values() for path in paths]
-    parts = {"train": labelled(data / "train", manifest["train"], classes),
-             "val": labelled(data / "train", manifest["val"], classes),
-             "test": labelled(data / "val", test_paths, classes)}
-    return manifest, parts, [data / "train" / path for paths in photos.values() for path in paths]
-
-
-def open_photos(model: FineTuned, pairs: list[tuple[Path, int]], files: list[Path], folder: Path, cache: Path,
-                args: argparse.Namespace) -> Photos:
-    """The photos of these (file, label) pairs, decoded; `files` are all of the folder, which share a store.
-
-    Raises:
-        InputError: a photo can't be read, or the disk is full.
-    """
-    border = border_left_out(args)
-    pixels = pixel_store(Path(cache), folder, files, args.image_size, border)
-    row = {file: row for row, file in enumerate(files)}
-    rows = torch.tensor([row[file] for file, _ in pairs])
+    border, may_skip = border_left_out(args), args.skip_damaged and folder.name == "train"
+    pixels = pixel_store(cache, folder, facts, args.image_size, border)
+    row_of = {Path(name): row for row, (name, *_) in enumerate(facts)}
+    rows = torch.tensor([row_of[file] for file, _ in pairs])
     with first_on_this_machine():
-        decode(files, rows, pixels, args.workers, border)
+        damaged = decode(list(row_of), rows, pixels, args.workers, border)
+    if changed := changed_files(facts):
+        raise InputError(f"photos of '{folder}' change while they are read, '{changed[0]}' for one: start again when they are complete")
+    if damaged and not may_skip:
+        few, more = "; ".join(list(damaged.values())[:3]), f"; and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        advice = ", or leave damaged ones out with --skip-damaged" if folder.name == "train" else ""
+        raise InputError(f"{few}{more}: replace or remove {'them' if len(damaged) > 1 else 'it'}{advice}")
+    pairs = [(file, label) for file, label in pairs if row_of[file] not in damaged]
+    rows = torch.tensor([row_of[file] for file, _ in pairs], dtype=torch.long)
     pixels.check(rows)
-    return Photos(model, pixels, rows, torch.tensor([label for _, label in pairs]))
+    files, labels = [file for file, _ in pairs], torch.tensor([label for _, label in pairs], dtype=torch.long)
+    return Photos(model, pixels, rows, labels, files), {file: damaged[row] for file, row in row_of.items() if row in damaged}
 
 
-def trained(model: FineTuned, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, photos: Photos,
-            in_train: torch.Tensor, args: argparse.Namespace):
-    """Train, and yield after each epoch: its number, and mean loss and accuracy of the training photos. Epoch 0 is the start
-    of the head, where it isn't noise."""
-    tuned, steps = args.recipe == "tuned", math.ceil(len(in_train) / args.batch_size)
-    start = None
-    if starts_from_probe(args):
-        loader = batches(photos, in_train, args.batch_size, "features of the training photos")
-        start = probe(model, loader, photos.labels[in_train].cpu())
-    learner = nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model  # with the first process's parameters
-    if start:
-        yield 0, *start
-    for epoch in range(1, args.epochs + 1):
-        order, places = draw_epoch(len(in_train), args.seed, epoch)
-        loader = batches(photos, in_train[order], args.batch_size, f"epoch {epoch}/{args.epochs}",
-                         places if tuned and args.freeze < 8 else None)  # behind layer4 there is nothing left to crop
-        shares = [rise_and_fall(step, steps * args.epochs) if tuned else 1.0
-                  for step in range(steps * (epoch - 1), steps * epoch)]
-        yield epoch, *train_epoch(learner, loader, optimizer, scaler, shares)
+def leave_out(damaged: dict[Path, str], photos: Photos, in_train: torch.Tensor, in_val: torch.Tensor, args: argparse.Namespace,
+              classes: list[str]) -> None:
+    """List damaged photos in damaged.csv.
+
+    Raises:
+        InputError: without them a class has no photo to train with, or none are left to validate with.
+    """
+    taught = photos.labels[in_train].tolist()
+    lack = [f"to train {name!r} with" for label, name in enumerate(classes) if label not in taught]
+    if lack or not len(in_val):
+        raise InputError(f"without the {len(damaged)} damaged photos none is left {(lack or ['to validate with'])[0]}")
+    if damaged and RANK == 0:
+        write_csv(args.out / "damaged.csv", [{"path": file.relative_to(args.data).as_posix(), "problem": words}
+                                             for file, words in damaged.items()])
+        print(f"Damaged     {len(damaged):,} photos left out, see {args.out / 'damaged.csv'}", flush=True)
 
 
-def fit(model: FineTuned, photos: Photos, in_train: torch.Tensor, in_val: torch.Tensor, args: argparse.Namespace,
-        config: dict) -> None:
-    """Train. After each epoch write last.pt, history.csv and, if it is the best so far, best.pt; then print its row.
+class Diverged(InputError):
+    """An error that --resume would meet again."""
+
+
+class Training:
+    """The epochs of a run, and how far they have come: what a checkpoint holds besides the network.
 
     Args:
         in_train, in_val: which of the photos are in which part, int64.
+        config: the run's config.json.
+    """
+
+    def __init__(self, model: FineTuned, photos: Photos, in_train: torch.Tensor, in_val: torch.Tensor, args: argparse.Namespace,
+                 config: dict):
+        self.model, self.photos, self.args, self.config = model, photos, args, config
+        self.in_train, self.in_val, self.checksums = in_train, in_val, photos.checksums()
+        self.optimizer = build_optimizer(model, args.lr_head, args.lr_backbone)
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.precision == torch.float16)
+        self.history: list[dict] = []  # a row for each finished epoch
+        self.step = 0  # of the epoch after these, how many are done,
+        self.totals = torch.zeros(2, device=model.device)  # the losses of their photos, and how many were recognised,
+        self.earlier = 0.0  # and the seconds they took before the run was interrupted
+        self.start = self.saved = time.perf_counter()
+
+    @property
+    def best(self) -> dict:
+        return max(self.history, key=lambda row: (row["val_acc"], -row["val_loss"]))  # of equal ones the first
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier + time.perf_counter() - self.start
+
+    def save(self, *names: str) -> None:
+        """Write checkpoints of this moment; but if a loss was not finite, the last good ones stay."""
+        totals = summed(self.totals.clone())
+        self.saved = time.perf_counter()
+        if RANK > 0 or not totals.isfinite().all():
+            return
+        checkpoint = {"format": CHECKPOINT_FORMAT, "architecture": "resnet50", "model": self.model.network.state_dict(),
+                      **{key: self.config[key] for key in ("classes", "preprocessing", "options")},
+                      "epoch": self.history[-1]["epoch"] if self.history else 0, "history": self.history, "step": self.step,
+                      "totals": totals, "seconds": self.seconds, "checksums": self.checksums,
+                      "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        for name in names:
+            save_checkpoint(self.args.out / name, checkpoint)
+
+    def restore(self, checkpoint: dict) -> None:
+        """Go on from a checkpoint, whose `model` the network has already.
+
+        Raises:
+            InputError: it is of other photos, or damaged.
+        """
+        args, ours, theirs = self.args, self.checksums.tolist(), checkpoint["checksums"].tolist()
+        changed = [file for file, before, now in zip(self.photos.files, theirs, ours) if before != now]
+        if changed or len(ours) != len(theirs):
+            named = f"{len(changed)} have other pixels, the first '{changed[0]}'" if changed else f"{len(ours)} instead of {len(theirs)}"
+            raise Diverged(f"--resume '{args.out}': the photos are not those that the run began with: {named}. Put them back, or start "
+                           "another run")
+        with fitting(args.out / "last.pt"):
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            for parameter, state in self.optimizer.state.items():  # Adam needs them in the parameters' layout
+                state.update({name: torch.empty_like(parameter).copy_(value) for name, value in state.items() if value.dim()})
+            self.scaler.load_state_dict(checkpoint["scaler"])
+            self.totals.copy_(checkpoint["totals"] if RANK == 0 else self.totals)
+            self.history, self.step, self.earlier = checkpoint["history"], checkpoint["step"], checkpoint["seconds"]
+            for number, row in enumerate(self.history, self.history[0]["epoch"] if self.history else 1):
+                if list(row) != HISTORY or row["epoch"] != number or not row_text(row):
+                    raise ValueError("its history is no table of epochs")
+        if not self.history or RANK > 0:
+            return
+        if self.step == 0:  # a kill may have come between the files of an epoch
+            self.save("last.pt", *["best.pt"] * (self.best is self.history[-1]))
+            write_csv(args.out / "history.csv", self.history)
+        if own_checkpoint(args.out / "best.pt", self.config["options"], self.config["classes"])["epoch"] != self.best["epoch"]:
+            raise InputError(f"'{args.out / 'best.pt'}' is not of epoch {self.best['epoch']}, the best so far: put that file back, or "
+                             "start another run")
+
+    def run(self) -> None:
+        """Train. After each epoch write last.pt, history.csv and, if it is the best so far, best.pt; then print its row.
+
+        Raises:
+            InputError: a file can't be written, or the loss is no longer finite.
+            Stopped: after saving; only here, between two steps, when asked for by a signal.
+        """
+        print("\nEpoch | Train Loss | Train Acc | Val Loss | Val Acc", flush=True)
+        for row in self.history:
+            print(row_text(row), flush=True)
+        model, args = self.model, self.args
+        try:
+            if starts_from_probe(args) and not self.history:
+                loader = batches(self.photos, self.in_train, args.batch_size, "features of the training photos")
+                self.finish_epoch(0, *probe(model, loader, self.photos.labels[self.in_train].cpu()))
+            learner = nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model  # with the first one's parameters
+            for epoch in range(self.history[-1]["epoch"] + 1 if self.history else 1, args.epochs + 1):
+                loss_sum, correct = self.train_epoch(learner, epoch)
+                self.finish_epoch(epoch, loss_sum / len(self.in_train), correct / len(self.in_train))
+        except Stopped:
+            if self.history or self.step:
+                self.save("last.pt")
+            raise
+        best = self.best
+        print(f"\nBest epoch on {len(self.in_val):,} validation photos: {best['epoch']}, accuracy "
+              f"{with_interval(best['val_acc'], len(self.in_val))}", flush=True)
+
+    def train_epoch(self, learner: nn.Module, epoch: int) -> tuple[float, float]:
+        """The rest of an epoch's steps. Sum of the photos' losses, and how many were recognised."""
+        args, tuned = self.args, self.args.recipe == "tuned"
+        order, places = draw_epoch(len(self.in_train), args.seed, epoch)
+        which, steps = self.in_train[order], steps_of(len(order), args.batch_size)
+        loader = batches(self.photos, which, args.batch_size, f"epoch {epoch}/{args.epochs}",
+                         places if tuned and args.freeze < 8 else None, self.step)  # behind layer4 nothing is left to crop
+        shares = [rise_and_fall(len(steps) * (epoch - 1) + step, len(steps) * args.epochs) if tuned else 1.0
+                  for step in range(self.step, len(steps))]
+        first = self.step
+        try:
+            train_epoch(learner, loader, self.optimizer, self.scaler, shares, self.totals, self.after_step)
+        except NotFinite as error:
+            step, losses = error.args
+            rates = " and ".join(f"{shares[step] * group['initial_lr']:.2g}" for group in self.optimizer.param_groups)
+            rows = [{"path": str(self.photos.files[index]), "loss": loss}
+                    for index, loss in zip(which[steps[first + step][RANK::PROCESSES]].tolist(), losses.tolist())]
+            write_csv(args.out / "not_finite.csv", rows)
+            photos = [row["path"] for row in rows if not math.isfinite(row["loss"])]
+            self.diverged(f"the loss of epoch {epoch}, step {first + step + 1}, is not a finite number, at learning rates {rates}, for "
+                          f"'{photos[0]}' and {len(photos) - 1} more of the {len(rows)} photos in {args.out / 'not_finite.csv'}: lower "
+                          "--lr-head and --lr-backbone, or")
+        return tuple(summed(self.totals.clone()).tolist())
+
+    def after_step(self) -> None:
+        self.step += 1
+        stop, save = wished(STOPPING.is_set(), time.perf_counter() - self.saved >= 60 * self.args.save_minutes)
+        if stop:
+            raise Stopped
+        if save:
+            self.save("last.pt")
+
+    def finish_epoch(self, epoch: int, train_loss: float, train_acc: float) -> None:
+        """Validate, write files, print."""
+        args, train_seconds = self.args, self.seconds
+        loader = batches(self.photos, self.in_val, args.batch_size, "validation")
+        val_loss, val_acc = loss_and_accuracy(predict(self.model, loader), self.photos.labels[self.in_val].cpu())
+        if not math.isfinite(train_loss + val_loss):
+            advice = "lower --lr-head and --lr-backbone" if epoch else "check --weights"
+            self.diverged(f"the loss of epoch {epoch} is not a finite number: {advice}, or")
+        rates = [group["lr"] if epoch else 0.0 for group in self.optimizer.param_groups]
+        row = dict(zip(HISTORY, (epoch, train_loss, train_acc, val_loss, val_acc, *rates, self.seconds,
+                                 len(self.in_train) / train_seconds), strict=True))
+        self.history.append(row)
+        self.step, self.earlier, self.start = 0, 0.0, time.perf_counter()
+        self.totals.zero_()
+        self.save("last.pt", *["best.pt"] * (self.best is row))
+        if RANK == 0:
+            write_csv(args.out / "history.csv", self.history)
+        print(row_text(row), flush=True)
+        if any(wished(STOPPING.is_set())):
+            raise Stopped
+
+    def diverged(self, words: str) -> None:
+        kept = f". The run up to epoch {self.history[-1]['epoch']} is in '{self.args.out}'" if self.history else ""
+        raise Diverged(f"{words} try --amp off, in another run{kept}")
+
+
+HISTORY = ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr_head", "lr_backbone", "seconds", "images_per_second"]
+
+
+def row_text(row: dict) -> str:
+    return (f"{row['epoch']:5} | {row['train_loss']:10.4f} | {row['train_acc']:9.4f} | {row['val_loss']:8.4f} | "
+            f"{row['val_acc']:7.4f}")
+
+
+@contextmanager
+def fitting(file: Path):
+    """What is restored from a checkpoint fits, or the file is damaged."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"'{file}' is of another run or damaged ({first_line(error)}): put the right one back, or start another run") from None
+
+
+def load_run(folder: Path, classes: list[str]) -> tuple[dict, dict | None]:
+    """The config.json of a run that is resumed, and its last.pt; None if it had learnt nothing yet.
 
     Raises:
-        InputError: a file can't be written, or the loss is no longer finite.
+        InputError: a file is missing, damaged, or of another run.
     """
-    labels = photos.labels[in_val].cpu()
-    optimizer = build_optimizer(model, args.lr_head, args.lr_backbone)
-    scaler = torch.amp.GradScaler(model.device.type, enabled=model.precision == torch.float16)
-    print("\nEpoch | Train Loss | Train Acc | Val Loss | Val Acc", flush=True)
-    history, best, start = [], None, time.perf_counter()
-    for epoch, train_loss, train_acc in trained(model, optimizer, scaler, photos, in_train, args):
-        train_seconds = time.perf_counter() - start
-        loader = batches(photos, in_val, args.batch_size, "validation")
-        val_loss, val_acc = loss_and_accuracy(predict(model, loader), labels)
-        if not math.isfinite(train_loss + val_loss):
-            advice = "lower --lr-head and --lr-backbone, or " if epoch else "check --weights, or "
-            raise InputError(f"the loss of epoch {epoch} is not a finite number: {advice}try --amp off" +
-                             (f". Files of earlier epochs are in '{args.out}'" if history else ""))
-
-        rates = [group["lr"] if epoch else 0.0 for group in optimizer.param_groups]
-        history.append({"epoch": epoch, "train_loss": train_loss, "train_acc": train_acc, "val_loss": val_loss,
-                        "val_acc": val_acc, "lr_head": rates[0], "lr_backbone": rates[1],
-                        "seconds": time.perf_counter() - start, "images_per_second": len(in_train) / train_seconds})
-        if best is None or (val_acc, -val_loss) > (best["val_acc"], -best["val_loss"]):
-            best = history[-1]
-        if RANK == 0:
-            checkpoint = {"format": CHECKPOINT_FORMAT, "architecture": "resnet50", "model": model.network.state_dict(),
-                          **{key: config[key] for key in ("classes", "preprocessing", "options")}, "epoch": epoch,
-                          "history": history, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            save_checkpoint(args.out / "last.pt", checkpoint)
-            if best is history[-1]:
-                save_checkpoint(args.out / "best.pt", checkpoint)
-            write_csv(args.out / "history.csv", history)
-        print(f"{epoch:5} | {train_loss:10.4f} | {train_acc:9.4f} | {val_loss:8.4f} | {val_acc:7.4f}", flush=True)
-        start = time.perf_counter()
+    config, last = read_config(folder), folder / "last.pt"
+    if not last.exists():
+        if (folder / "history.csv").exists():
+            raise InputError(f"--resume '{folder}': '{last}' is missing: put it back, or start another run")
+        return config, None
+    return config, own_checkpoint(last, config["options"], classes)
 
 
-def test(model: FineTuned, pairs: list[tuple[Path, int]], cache: Path, args: argparse.Namespace) -> None:
+def own_checkpoint(file: Path, options: dict, classes: list[str]) -> dict:
+    """A checkpoint of the run that has these options, and of no other."""
+    checkpoint = load_checkpoint(file)
+    with fitting(file):
+        for name, ours in (("options", options), ("classes", classes), ("architecture", "resnet50")):
+            if checkpoint[name] != ours:
+                raise InputError(f"'{file}' is of another run: its {name} are not those of config.json and the data")
+    return checkpoint
+
+
+def print_resumed(before: dict, now: dict, checkpoint: dict | None) -> None:
+    """Say from where a run goes on, and on what other machine.
+
+    Raises:
+        InputError: this version of the script prepares photos in another way.
+    """
+    if before.get("preprocessing") != now["preprocessing"]:
+        raise Diverged(f"the run prepares photos in another way than this version of Q3.py ({before.get('preprocessing')}, "
+                       f"{now['preprocessing']}): go on with the version that began it")
+    print("Resumed     " + (f"after epoch {checkpoint['epoch']} and {checkpoint['step']} steps of the next" if checkpoint else
+                            "from the start: nothing was learnt yet"))
+    for name in ("photos", "device", "device_name", "threads", "precision", "processes", "versions"):
+        if before.get(name) != now[name]:
+            print(f"Note        {name}: {now[name]}, was {before.get(name)}; figures may differ from an uninterrupted run's", flush=True)
+
+
+def test(model: FineTuned, parts: dict[str, list[tuple[Path, int]]], cache: Path, args: argparse.Namespace) -> None:
     """Score best.pt on the test photos, which nothing has opened so far; write test.json and predictions.csv."""
     if RANK == 0:
-        checkpoint = torch.load(args.out / "best.pt", map_location="cpu", weights_only=True)
-        model.network.load_state_dict(checkpoint["model"])
+        checkpoint = load_checkpoint(args.out / "best.pt")
+        with fitting(args.out / "best.pt"):
+            model.network.load_state_dict(checkpoint["model"])
     for tensor in model.network.state_dict().values() if PROCESSES > 1 else ():
         distributed.broadcast(tensor, 0)
     try:
-        photos = open_photos(model, pairs, [file for file, _ in pairs], args.data / "val", cache, args)
+        facts = file_facts([file for file, _ in parts["test"]])
+        photos, _ = open_photos(model, parts["test"], facts, args.data / "val", cache, args)
     except InputError as error:
         raise InputError(f"{error}. Training is done, and its best epoch is safe in '{args.out / 'best.pt'}'") from None
-    logits = predict(model, batches(photos, torch.arange(len(pairs)), args.batch_size, "test"))
+    logits = predict(model, batches(photos, torch.arange(len(photos.files)), args.batch_size, "test"))
     if RANK > 0:
         return
 
     classes, labels = checkpoint["classes"], photos.labels.cpu()
-    report = {"epoch": checkpoint["epoch"], **test_report(logits, labels, classes)}
+    report = {"epoch": checkpoint["epoch"], **test_report(logits, labels, classes),
+              "same_photos": print_same_photos(parts, args.data, args.out)}
     write_json(args.out / "test.json", report)
     confidence, predicted = logits.softmax(1).max(1)
     write_csv(args.out / "predictions.csv", [
         {"path": file.relative_to(args.data / "val").as_posix(), "label": classes[label],
          "predicted": classes[guess], "confidence": f"{share:.6f}"}
-        for (file, label), guess, share in zip(pairs, predicted.tolist(), confidence.tolist())])
+        for (file, label), guess, share in zip(parts["test"], predicted.tolist(), confidence.tolist())])
     print_report(report)
+
+
+@contextmanager
+def memory_advice(args: argparse.Namespace):
+    """Turn the many ways to run out of memory into one that says what to try."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error)):
+            raise
+        advice = f"try --batch-size {args.batch_size // 2}" if args.batch_size > 1 else "try a smaller --image-size"
+        raise InputError(f"out of memory with --batch-size {args.batch_size} and --image-size {args.image_size} "
+                         f"({first_line(error)}): {advice} in another run, or free memory that other programs hold") from None
 
 
 def main(args: argparse.Namespace) -> None:
@@ -1028,8 +1380,12 @@ def main(args: argparse.Namespace) -> None:
         sys.stdout = open(os.devnull, "w")  # one process prints
     if PROCESSES > 1 and args.no_cache:
         raise InputError("--no-cache: several processes share decoded photos in the cache; give --cache DIR instead")
+    if args.download:
+        download(args.data)
 
     # Photos and split: which file is in which part, with which label.
+    if args.resume and (args.resume / "split.json").exists():
+        args.split = args.resume / "split.json"
     manifest, parts, files = load_split(args)
     classes, count = manifest["classes"], len(parts["train"])
     if PROCESSES > (smallest := count // math.ceil(count / args.batch_size)):
@@ -1046,43 +1402,67 @@ def main(args: argparse.Namespace) -> None:
         join_processes(device)
     torch.backends.cudnn.deterministic = True  # the same seed, the same run
     torch.manual_seed(args.seed)  # for the first weights of fc
+    earlier, checkpoint = load_run(args.resume, classes) if args.resume else ({}, None)
     with first_on_this_machine():
-        network = build_network(args.weights, len(classes)).to(device, memory_format=layout(device))
+        network = build_network("none" if checkpoint else args.weights, len(classes)).to(device, memory_format=layout(device))
+    if checkpoint:
+        with fitting(args.resume / "last.pt"):
+            network.load_state_dict(checkpoint["model"])
     model = FineTuned(network, args.freeze, precision, holds_batchnorm(args))
     if synchronise:
         nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
 
-    # What is going to happen, on the screen and in the run's folder.
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    args.workers = args.workers or len(cores)
-    args.out = claim_folder(args.out) if RANK == 0 else args.out or Path("runs")
-    config = {"options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-              "classes": classes, "photos": {part: len(pairs) for part, pairs in parts.items()},
-              "preprocessing": {"image_size": args.image_size, "border": border_left_out(args), "interpolation": "bilinear",
-                                "mean": list(MEAN), "std": list(STD)},
-              "trainable_parameters": sum(value.numel() for value in network.parameters() if value.requires_grad),
-              "frozen_parameters": sum(value.numel() for value in network.parameters() if not value.requires_grad),
-              **machine(device, precision)}
-    print_banner(config)
+    with run_folder(args), memory_advice(args), stopping_between_steps():
+        # What is going to happen, on the screen and in the run's folder.
+        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        args.workers = args.workers or len(cores)
+        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        config = {"options": options, "classes": classes, "photos": {part: len(pairs) for part, pairs in parts.items()},
+                  "preprocessing": {"image_size": args.image_size, "border": border_left_out(args), "interpolation": "bilinear",
+                                    "mean": list(MEAN), "std": list(STD)},
+                  "trainable_parameters": sum(value.numel() for value in network.parameters() if value.requires_grad),
+                  "frozen_parameters": sum(value.numel() for value in network.parameters() if not value.requires_grad),
+                  **machine(device, precision)}
+        print_banner(config)
+        if args.resume:
+            print_resumed(earlier, config, checkpoint)
+            config["options"] = earlier["options"]
+        elif RANK == 0:
+            write_json(args.out / "config.json", config)  # from here on the folder holds a run, which can be resumed
+        if RANK == 0:
+            write_manifest(manifest, args.out / "split.json")
+            print_same_photos({part: parts[part] for part in ("train", "val")}, args.data, args.out)
 
-    # Pixels, and the trunk's maps of them.
-    passing = tempfile.TemporaryDirectory(dir=args.out, ignore_cleanup_errors=True) if args.no_cache else None
-    with passing or nullcontext(args.cache) as cache:
-        photos = open_photos(model, parts["train"] + parts["val"], files, args.data / "train", cache, args)
-        in_train, in_val = torch.arange(len(photos.rows)).split([len(parts["train"]), len(parts["val"])])
+        # Pixels, and the trunk's maps of them.
+        facts, cache = file_facts(files), args.out / ".cache" if args.no_cache else args.cache
+        photos, damaged = open_photos(model, parts["train"] + parts["val"], facts, args.data / "train", cache, args)
+        held_out = dict(parts["val"])
+        in_val = torch.tensor([file in held_out for file in photos.files])
+        in_train, in_val = (~in_val).nonzero().flatten(), in_val.nonzero().flatten()
+        leave_out(damaged, photos, in_train, in_val, args, classes)
         config["trunk"] = photos.keep(args.freeze, args.cache_gb)
         print(f"Trunk       {config['trunk']}", flush=True)
+        once, was_once = (trunk.startswith("computed once") for trunk in (config["trunk"], earlier.get("trunk", config["trunk"])))
+        if once != was_once:
+            raise Diverged(f"--resume '{args.out}': its trunk was {earlier['trunk']}, and crops differ. Make room on the disk, or give "
+                           "--cache-gb as then")
+        if RANK == 0:
+            write_json(args.out / "config.json", earlier | config)
 
         # Epochs, then the test of the best one.
-        if RANK == 0:
-            write_json(args.out / "config.json", config)  # from here on the folder holds a run
-            write_manifest(manifest, args.out / "split.json")
-        fit(model, photos, in_train, in_val, args, config)
-        test(model, parts["test"], cache, args)
+        training = Training(model, photos, in_train, in_val, args, config)
+        if checkpoint:
+            training.restore(checkpoint)
+        training.run()
+        if changed := changed_files(facts):
+            print(f"Note        {len(changed):,} photos have changed since they were read, the first '{changed[0]}'; the run learnt from "
+                  "what they were", flush=True)
+        test(model, parts, cache, args)
     print(f"\nCheckpoints, history and predictions: {args.out}")
     if PROCESSES > 1:
         distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: main(args)))
+    with exit_codes():
+        main(args)

@@ -13,18 +13,30 @@ training and validation when the fraction changes.
 """
 
 import argparse
+import csv
+import difflib
 import hashlib
+import http.client
+import io
 import json
 import math
 import os
+import shlex
 import shutil
+import stat
 import sys
 import tempfile
+import time
 import unicodedata
-from collections import Counter
-from contextlib import contextmanager
+import urllib.error
+import urllib.request
+import zipfile
+from collections import Counter, defaultdict
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
+
+from tqdm import tqdm
 
 ARCHIVE = "https://storage.googleapis.com/wandb_datasets/nature_12K.zip"
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision
@@ -50,8 +62,8 @@ def find_data(folder: str | os.PathLike) -> Path:
         namesakes = (other for other in folder.parent.glob("*") if other.name.lower() == folder.name.lower())
         folder = next(namesakes, folder)
     if not os.path.isdir(folder):
-        raise InputError(f"no data folder '{folder}' (looked in {Path.cwd()}): download {ARCHIVE} (3.8 GB) and "
-                         "unzip it here, or name your own folder with --data")
+        raise InputError(f"no data folder '{folder}' (looked in {Path.cwd()}): python Q3.py --download fetches iNaturalist-12K "
+                         f"(3.8 GB, {ARCHIVE}), --data names a folder of your own")
     if not os.path.isdir(folder / "train"):
         raise InputError(f"no train/ in the data folder '{folder}': --data names the folder that holds train/ and val/, "
                          "with the photos in train/<Class>/")
@@ -89,6 +101,23 @@ def list_photos(folder: Path) -> dict[str, list[str]]:
     if others:
         print(f"left out, being no photos by their ending: {len(others)} in {folder}, the first {others[0]!r}")
     return photos
+
+
+def file_facts(files: list[Path]) -> list[tuple]:
+    """What changes when one of these files does: its name, and size and time of its last change if it is there."""
+    facts = []
+    for file in files:
+        try:
+            status = os.stat(file)
+            facts.append((str(file), status.st_size, status.st_mtime_ns))
+        except OSError:
+            facts.append((str(file),))
+    return facts
+
+
+def changed_files(facts: list[tuple]) -> list[str]:
+    """Those of the files that are no longer as these facts say."""
+    return [before[0] for before, now in zip(facts, file_facts([Path(name) for name, *_ in facts])) if before != now]
 
 
 def _visible_files(root: Path, class_name: str) -> list[str]:
@@ -158,6 +187,146 @@ def labelled(root: Path, paths: list[str], classes: list[str]) -> list[tuple[Pat
     return [(root / path, index[path.split("/", 1)[0]]) for path in paths]
 
 
+def load_split(args: argparse.Namespace) -> tuple[dict, dict[str, list[tuple[Path, int]]], list[Path]]:
+    """The manifest; the (file, label) pairs of "train", "val" and "test"; and all files of train/, used or not. No
+    photo is opened.
+
+    Raises:
+        InputError: folders, photos or a manifest that can't be used.
+    """
+    data = args.data = find_data(args.data)
+    photos = list_photos(data / "train")
+    if not os.path.isdir(data / "val"):
+        raise InputError(f"no val/ in the data folder '{data}': the test photos are expected as "
+                         f"{data}/val/<Class>/<photo>.jpg")
+    test_photos = list_photos(data / "val")
+    if test_photos.keys() != photos.keys():
+        raise InputError(f"'{data / 'train'}' and '{data / 'val'}' have different classes: "
+                         f"{differences(photos, test_photos, 'train', 'val')}")
+    if args.split:
+        manifest = read_manifest(args.split, photos)
+        args.fraction, args.val_fraction = manifest["fraction"], manifest["val_fraction"]
+    else:
+        manifest = split(photos, args.fraction, args.val_fraction, args.seed)
+    classes, test_paths = manifest["classes"], [path for paths in test_photos.values() for path in paths]
+    parts = {"train": labelled(data / "train", manifest["train"], classes),
+             "val": labelled(data / "train", manifest["val"], classes),
+             "test": labelled(data / "val", test_paths, classes)}
+    return manifest, parts, [data / "train" / path for paths in photos.values() for path in paths]
+
+
+def same_photos(files: list[Path]) -> list[tuple[Path, Path]]:
+    """Files that hold the same bytes, each with the first of its kind. Only those of the same size are read."""
+    by_size, firsts, pairs = defaultdict(list), {}, []
+    for file in files:
+        with suppress(OSError):  # who reads the photo will say so
+            by_size[os.stat(file).st_size].append(file)
+    for alike in by_size.values():
+        for file in alike if len(alike) > 1 else ():
+            with suppress(OSError):
+                first = firsts.setdefault(hashlib.sha256(file.read_bytes()).digest(), file)
+                if first != file:
+                    pairs.append((first, file))
+    return pairs
+
+
+def print_same_photos(parts: dict[str, list[tuple[Path, int]]], data: Path, out: Path) -> int:
+    """Report photos that are in two parts or two classes, byte for byte, and list them in same_photos.csv. How many they are."""
+    where = {file: (part, label) for part, pairs in parts.items() for file, label in pairs}
+    rows = [{"path": first.relative_to(data).as_posix(), "same_as": other.relative_to(data).as_posix(),
+             "parts": f"{where[first][0]} {where[other][0]}", "labels": "same" if where[first][1] == where[other][1] else "different"}
+            for first, other in same_photos(list(where)) if where[first] != where[other]]
+    if rows:
+        first = rows[0]
+        print(f"Same photo  {len(rows)} times in two parts or two classes, see {out / 'same_photos.csv'}; the first: {first['path']} = "
+              f"{first['same_as']}", flush=True)
+        write_csv(out / "same_photos.csv", rows)
+    return len(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are whole at any moment, and the folder of a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def atomic_write(file: Path):
+    """Open `file` for writing bytes so that it is there whole or, after a kill or an error, as it was before.
+
+    Written beside its place, flushed to the disk, and moved there.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, file)
+    except OSError as error:
+        gone = "" if file.parent.is_dir() else f": the folder '{file.parent}' is gone"
+        raise InputError(f"'{file}' can't be written: {error.strerror}{gone}") from None
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def write_json(file: Path, value) -> None:
+    with atomic_write(file) as stream:
+        stream.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_csv(file: Path, rows: list[dict]) -> None:
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, rows[0])
+    table.writeheader()
+    table.writerows(rows)
+    with atomic_write(file) as stream:
+        stream.write(text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def claim_folder(out: Path | None, names: tuple[str, ...], resume: bool = False) -> Path:
+    """Make a run's folder, `out`, or runs/<date-time> where that is None, and clear away what a kill may have left of its files.
+
+    Args:
+        names: of the files that a run writes there.
+
+    Raises:
+        InputError: it can't be made or written to, or it holds a run already and not to `resume` it.
+    """
+    try:
+        if out is None:
+            out = new_folder(Path("runs"))
+        out.mkdir(parents=True, exist_ok=True)
+        if not resume and any((out / name).exists() for name in names):
+            raise InputError(f"--out '{out}' already holds a run: give another folder, move that one away, or go on with it: "
+                             f"python Q3.py --resume {quoted(str(out))}")
+        for left in (left for name in names for left in out.glob(f"{name}.*.tmp")):
+            left.unlink()
+        tempfile.TemporaryFile(dir=out).close()
+        return out
+    except OSError as error:
+        raise InputError(f"--out '{out or 'runs'}' can't be the run's folder: {error.strerror}") from None
+
+
+def new_folder(parent: Path) -> Path:
+    """A folder that is named after this second; the next one, if another run has taken it."""
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        folder = parent / time.strftime("%Y-%m-%d_%H-%M-%S")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            time.sleep(0.2)
+
+
+def quoted(words: str) -> str:
+    """As a shell takes it for one word."""
+    return shlex.quote(words) if os.name == "posix" else f'"{words}"'
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The manifest on disk
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,28 +349,6 @@ def write_manifest(manifest: dict, file: Path) -> None:
         raise InputError(f"'{file}' can't be written: {error.strerror}") from None
     with atomic_write(file) as stream:
         stream.write(text.encode())
-
-
-@contextmanager
-def atomic_write(file: Path):
-    """Open `file` for writing bytes so that it is there whole or, after a kill or an error, as it was before.
-
-    Written beside its place, flushed to the disk, and moved there.
-
-    Raises:
-        InputError: it can't be written.
-    """
-    aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, file)
-    except OSError as error:
-        raise InputError(f"'{file}' can't be written: {error.strerror}") from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read_manifest(file: str | os.PathLike, photos: dict[str, list[str]]) -> dict:
@@ -310,14 +457,133 @@ def materialize(manifest: dict, source: Path, target: Path, mode: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The public data set, fetched
+# ---------------------------------------------------------------------------------------------------------------------
+
+def download(folder: Path, url: str = ARCHIVE) -> None:
+    """Fetch the zip archive of a data set and make it `folder`, whole or not at all. A transfer that broke off goes on.
+
+    Raises:
+        InputError: no network, no room, an archive that is damaged or isn't to be trusted, or a `folder` in use.
+    """
+    if os.path.isdir(folder / "train") and os.path.isdir(folder / "val"):
+        return print(f"'{folder}' is there already, nothing to download")
+    part, aside = folder.with_name(f"{Path(url).name}.part"), folder.with_name(f".{folder.name}.unpacking")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"'{folder}' is in the way: --download makes that folder, move it away or give another --data")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)  # of a download that was killed
+        fetch(url, part)
+        unpack(part, aside)
+        whole = [path.parent for path in sorted(aside.rglob("train")) if (path.parent / "val").is_dir()]
+        if not whole:
+            raise InputError(f"the archive {url} holds no folder with train/ and val/; it was kept as '{part}'")
+        if folder.exists():
+            folder.rmdir()
+        whole[0].rename(folder)
+        part.unlink()
+    except OSError as error:
+        raise InputError(f"the data set can't be made in '{folder}': {error.strerror or error}. What was fetched is kept, "
+                         "--download goes on from there") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def fetch(url: str, part: Path, patience: int = 5) -> None:
+    """Make `part` the whole file, going on where an earlier transfer ended, until `patience` of them in a row brought nothing."""
+    failures = 0
+    with tqdm(desc=f"Fetching {Path(url).name}", unit="B", unit_scale=True, leave=False, disable=None) as progress:
+        while True:
+            have = os.path.getsize(part) if part.exists() else 0
+            try:
+                total = _transfer(url, part, have, progress)
+                if total is None or os.path.getsize(part) == total:
+                    return
+                problem = f"broke off after {os.path.getsize(part):,} of {total:,} bytes"
+            except urllib.error.HTTPError as error:
+                if error.code == 416:  # nothing lies behind what is there
+                    if error.headers.get("Content-Range", "").endswith(f"*/{have}"):
+                        return
+                    part.unlink()
+                problem = f"was answered with {error.code} {error.reason}"
+                failures += patience * (400 <= error.code < 500 and error.code not in (408, 416, 429))
+            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+                problem = f"failed ({getattr(error, 'reason', None) or error or type(error).__name__})"
+            failures = 0 if part.exists() and os.path.getsize(part) > have else failures + 1
+            if failures >= patience:
+                raise InputError(f"the transfer of {url} {problem}: the same command goes on from there, or unzip the archive "
+                                 "yourself")
+            time.sleep(2 ** failures)
+
+
+def _transfer(url: str, part: Path, have: int, progress) -> int | None:
+    """Append to `part` what lies behind its first `have` bytes, or write all of it if the server starts anew. The whole length,
+    if the server says so."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        goes_on = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        start, length = have if goes_on else 0, response.headers.get("Content-Length")
+        total = start + int(length) if length else None
+        need_room(part.parent, 2 * (total or 0) - start)  # the archive and its photos, which were compressed before
+        progress.total, progress.n = total, start
+        with open(part, "ab" if goes_on else "wb") as stream:
+            while block := response.read(2**20):
+                stream.write(block)
+                progress.update(len(block))
+    return total
+
+
+def unpack(archive: Path, target: Path) -> None:
+    """Unpack a zip archive, checking each member's CRC. None of its files may lie outside `target`, none may be a link.
+
+    Raises:
+        InputError: it is damaged, and deleted then; it isn't to be trusted; or there is no room.
+    """
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            members = packed.infolist()
+            for member in members:
+                kind = stat.S_IFMT(member.external_attr >> 16)
+                steps = member.filename.replace("\\", "/").split("/")
+                if ".." in steps or not steps[0] or ":" in steps[0] or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                    raise InputError(f"the archive '{archive}' holds {member.filename!r}, which would lie outside the data folder or "
+                                     "is a link: it isn't the public one, and nothing of it was unpacked. Delete it")
+            need_room(archive.parent, sum(member.file_size for member in members))
+            for member in tqdm(members, desc="Unpacking", unit="photo", leave=False, disable=None):
+                packed.extract(member, target)
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # zipfile raises nearly anything: BadZipFile, zlib.error, EOFError, NotImplementedError
+        archive.unlink()
+        raise InputError(f"the archive was damaged ({error}) and is deleted: --download fetches it again") from None
+    getattr(os, "sync", lambda: None)()  # so that a folder in its place is whole even after a power cut
+
+
+def need_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise InputError(f"the data set needs {size / 1e9:.1f} GB in '{folder}', where {free / 1e9:.1f} GB are free: make room, or "
+                         "give a --data DIR elsewhere")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that answers a mistake in one line instead of with the whole usage."""
+    """An argument parser that answers a mistake in one line, an InputError, and a typo with what was meant."""
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        for word in unknown[:1]:
+            name = "--" + word.lstrip("-").split("=")[0]
+            meant = difflib.get_close_matches(name, self._option_string_actions, 1)
+            self.error(f"no option {word!r}" + (f": did you mean {meant[0]}?" if meant else ""))
+        return args
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (all options: python {self.prog} --help)\n")
+        raise InputError(f"{message} (all options: python {self.prog} --help)")
 
 
 def number(kind: type, low: float, high: float, open_low: bool = False, open_high: bool = False):
@@ -395,21 +661,25 @@ def main(argv: list[str] | None = None) -> None:
         print(f"Folders:  {args.materialize}/train and {args.materialize}/val (mode: {mode})")
 
 
-def run(main) -> int:
-    """Run a command and give its exit code: 0 done, 2 unusable input (one line on stderr), 130 interrupted."""
+@contextmanager
+def exit_codes(speaks: bool = True):
+    """Leave with exit code 2 after unusable input, with one line on stderr if this process `speaks`; with 130 if interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name that the terminal can't show is no reason to lose a run
             stream.reconfigure(errors="backslashreplace")
     try:
-        main()
-    except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+        yield
+    except (InputError, KeyboardInterrupt) as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        words = ": ".join(["interrupted"] * interrupted + [str(error)] * bool(str(error)))
+        if speaks:
+            print(f"{Path(sys.argv[0]).name}: {words}".replace("\n", "\\n"), file=sys.stderr)
+        sys.exit(130 if interrupted else 2)
+    except BrokenPipeError:  # head, or a pager that was left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    with exit_codes():
+        main()

@@ -1,5 +1,6 @@
 """What the tests share: small drawn photos, a small network, and the two commands as a user would type them."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image, ImageDraw
 from torchvision.models.resnet import Bottleneck, ResNet
 
@@ -17,7 +19,14 @@ sys.path.insert(0, str(ROOT))
 import dataset_split  # noqa: E402
 import Q3  # noqa: E402
 
+settings.register_profile("some", max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("many", parent=settings.get_profile("some"), max_examples=10_000)
+settings.load_profile("some")
+
 COLOURS = {"Aves": (200, 60, 40), "Fungi": (50, 180, 70), "Insecta": (60, 80, 210)}
+
+QUICK = ("--weights", "small.pth", "--fraction", 1.0, "--image-size", 32, "--epochs", 1, "--batch-size", 8, "--device", "cpu",
+         "--amp", "off", "--workers", 1)
 
 
 def draw_photo(file: Path, colour, seed: int, size=(48, 36)) -> None:
@@ -105,9 +114,40 @@ def call(script: str, *argv) -> int:
     argv = list(map(str, argv))
     commands = {"Q3.py": lambda: Q3.main(Q3.get_args(argv)), "dataset_split.py": lambda: dataset_split.main(argv)}
     try:
-        return dataset_split.run(commands[script])
+        with dataset_split.exit_codes():
+            commands[script]()
     except SystemExit as stop:
         return stop.code
+    return 0
+
+
+class Forked:
+    """A process as `subprocess.Popen` gives one, from a server that has loaded torch already."""
+
+    def __init__(self, function, *args):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch._dynamo", __name__])  # which take seconds to load
+        self.process = context.Process(target=function, args=args)
+        self.process.start()
+        self.kill = self.process.kill
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self) -> int:
+        self.process.join()
+        return self.process.exitcode
+
+
+def forked(*words) -> Forked:
+    """A run with the small network in a process of its own, which a test may kill."""
+    return Forked(_run_small, list(map(str, words)))
+
+
+def _run_small(words: list[str]) -> None:
+    Q3.resnet50 = small_resnet
+    sys.stdout = sys.stderr = open("output.txt", "a")
+    os._exit(call("Q3.py", *words))
 
 
 @pytest.fixture

@@ -21,11 +21,11 @@ from PIL import Image, ImageOps
 from torch import nn
 from torchvision import transforms
 
+import benchmark_kills
 import dataset_split
 import Q3
-from conftest import COLOURS, ROOT, call, draw_data, draw_photo, type_command
+from conftest import COLOURS, QUICK, ROOT, call, draw_data, draw_photo, forked, small_resnet, type_command
 
-QUICK = ("--weights", "small.pth", "--fraction", 1.0, "--image-size", 32, "--epochs", 1, "--batch-size", 8, "--device", "cpu", "--amp", "off", "--workers", 1)
 CPU = torch.device("cpu")
 
 
@@ -34,8 +34,8 @@ def load(file: Path) -> dict:
 
 
 def decoded(files: list[Path], size: int, workers: int = 1) -> torch.Tensor:
-    store = Q3.pixel_store(Path("decoded"), files[0].parent, files, size, None)
-    Q3.decode(files, torch.arange(len(files)), store, workers, None)
+    store = Q3.pixel_store(Path("decoded"), files[0].parent, Q3.file_facts(files), size, None)
+    assert Q3.decode(files, torch.arange(len(files)), store, workers, None) == {}
     return store[torch.arange(len(files))]
 
 
@@ -202,7 +202,7 @@ def test_training_steps_are_those_of_the_plain_loop():
     ours, plain = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
     plain.load_state_dict(ours.state_dict())
     optimizer = torch.optim.Adam([{"params": list(ours.parameters()), "initial_lr": 0.01}])
-    Q3.train_epoch(ours, steps, optimizer, torch.amp.GradScaler("cpu", enabled=False), [0.5, 1.0, 0.1])
+    Q3.train_epoch(ours, steps, optimizer, torch.amp.GradScaler("cpu", enabled=False), [0.5, 1.0, 0.1], torch.zeros(2))
     optimizer = torch.optim.Adam(plain.parameters())
     for (images, labels, _), rate in zip(steps, (0.005, 0.01, 0.001)):
         optimizer.param_groups[0]["lr"] = rate
@@ -222,9 +222,9 @@ def test_learning_rates_rise_and_then_fall_to_nothing():
 
 def test_each_step_is_made_with_its_rate(quick_run, monkeypatch):
     used = []
-    def recorded(model, loader, optimizer, scaler, shares, train_epoch=Q3.train_epoch):
-        used.append(shares := list(shares))
-        return train_epoch(model, loader, optimizer, scaler, shares)
+    def recorded(model, loader, optimizer, scaler, shares, *rest, train_epoch=Q3.train_epoch):
+        used.append(shares)
+        return train_epoch(model, loader, optimizer, scaler, shares, *rest)
     monkeypatch.setattr(Q3, "train_epoch", recorded)
     rows = read_csv(quick_run("tuned", "--epochs", 2) / "history.csv")
     assert [float(row["lr_head"]) for row in rows] == [0, *(1e-4 * shares[-1] for shares in used)]
@@ -291,12 +291,33 @@ def test_test_result_is_on_disk_before_it_is_printed(small_network, shared_data,
     assert (tmp_path / "test.json").exists() and (tmp_path / "predictions.csv").exists()
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(small_network, shared_data, tmp_path, monkeypatch, refused):
-    results = iter([(1.0, 0.5), (float("nan"), 0.3)])  # of epochs 1 and 2
-    monkeypatch.setattr(Q3, "train_epoch", lambda *_: next(results))
-    line = refused("Q3.py", "--data", shared_data, *QUICK, "--epochs", 3, "--out", tmp_path)
-    assert "epoch 2 is not a finite number: lower --lr-head" in line and str(tmp_path) in line
-    assert (load(tmp_path / "best.pt")["epoch"], load(tmp_path / "last.pt")["epoch"]) == (0, 1)  # nothing was learnt in epoch 1
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(quick_run, shared_data, tmp_path, monkeypatch, refused):
+    """In the second epoch's second step one photo's maps turn into nothing."""
+    def spoilt(photos, which, batch_size, title, *rest, batches=Q3.batches):
+        for step, (maps, labels, count) in enumerate(batches(photos, which, batch_size, title, *rest)):
+            maps[3] = float("nan") if (title, step) == ("epoch 2/3", 1) else maps[3]
+            yield maps, labels, count
+    monkeypatch.setattr(Q3, "batches", spoilt)
+    line = refused("Q3.py", "--data", shared_data, *QUICK, "--epochs", 3, "--out", "out", "--save-minutes", 0)
+    order, _ = Q3.draw_epoch(24, 0, 2)
+    paths = json.loads(Path("out/split.json").read_text())["train"]
+    rows, spoilt_photo = read_csv(Path("out/not_finite.csv")), str(shared_data / "train" / paths[order[8 + 3]])
+    assert [row["path"] for row in rows] == [str(shared_data / "train" / paths[index]) for index in order[8:16]]
+    assert [row["path"] for row in rows if row["loss"] == "nan"] == [spoilt_photo]
+    for part in ("epoch 2, step 2,", f"'{spoilt_photo}' and 0 more of the 8", "learning rates 6.8e-05 and 6.8e-06", "lower --lr-head",
+                 "up to epoch 1", "'out'"):
+        assert part in line
+    assert "--resume" not in line, "it would meet the same loss again"
+    checkpoint = load(Path("out/last.pt"))
+    assert (checkpoint["epoch"], checkpoint["step"]) == (1, 1) and all(value.isfinite().all() for value in checkpoint["model"].values())
+    assert load(Path("out/best.pt"))["epoch"] <= 1
+
+
+def test_validation_loss_that_is_not_finite_stops_the_run_too(small_network, shared_data, monkeypatch, refused):
+    results = iter([(1.0, 0.5), (1.0, 0.5), (float("inf"), 0.5)])  # of the start of fc, of epochs 0 and 1
+    monkeypatch.setattr(Q3, "loss_and_accuracy", lambda *_: next(results))
+    assert "the loss of epoch 1 is not a finite number" in refused("Q3.py", "--data", shared_data, *QUICK, "--out", "out")
+    assert load(Path("out/last.pt"))["epoch"] == 0
 
 
 def test_test_photos_are_first_read_when_training_is_over(small_network, data, tmp_path, refused):
@@ -354,7 +375,7 @@ def test_held_batchnorm_keeps_its_statistics_and_learns_scale_and_shift(small_ne
     model = Q3.FineTuned(Q3.build_network("none", 3), 6, hold_batchnorm=True)
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     optimizer, maps = Q3.build_optimizer(model, 0.1, 0.1), torch.randn(4, 512, 8, 8)
-    Q3.train_epoch(model, [(maps, torch.tensor([0, 1, 2, 0]), 4)], optimizer, torch.amp.GradScaler("cpu", enabled=False), [1.0])
+    Q3.train_epoch(model, [(maps, torch.tensor([0, 1, 2, 0]), 4)], optimizer, torch.amp.GradScaler("cpu", enabled=False), [1.0], torch.zeros(2))
     for name, value in model.backbone.state_dict().items():
         assert torch.equal(value, before[name]) == ("running" in name or "num_batches" in name), name
 
@@ -387,7 +408,9 @@ def test_metrics_do_not_depend_on_the_batches(small_network):
     standing_still, scaler = torch.optim.SGD([{"params": list(model.parameters()), "initial_lr": 0.0}]), torch.amp.GradScaler("cpu", enabled=False)
     for batch_size in (1, 3, 7, 22, 64):
         loader = Q3.batches(photos, torch.randperm(23), batch_size, "")
-        assert Q3.train_epoch(model, loader, standing_still, scaler, [1.0] * math.ceil(23 / batch_size)) == pytest.approx(expected, abs=1e-5)
+        totals = torch.zeros(2)
+        Q3.train_epoch(model, loader, standing_still, scaler, [1.0] * math.ceil(23 / batch_size), totals)
+        assert (totals / 23).tolist() == pytest.approx(expected, abs=1e-5)
         logits = Q3.predict(model, Q3.batches(photos, torch.arange(23), batch_size, ""))
         assert Q3.loss_and_accuracy(logits, labels) == pytest.approx(expected, abs=1e-5)
 
@@ -658,8 +681,10 @@ def test_larger_subset_and_other_seed_decode_only_what_is_new(quick_run, data, c
     lambda data: draw_photo(data / "train" / "Aves" / "new.jpg", (0, 0, 0), 77)])
 def test_changed_photos_are_decoded_again(data, spoil):
     def store():
-        return Q3.pixel_store(Path("cache"), data / "train", sorted((data / "train").rglob("*.jpg")), 32, None).file
-    first, other_size = store(), Q3.pixel_store(Path("cache"), data / "train", sorted((data / "train").rglob("*.jpg")), 40, None).file
+        return store_of(32)
+    def store_of(size):
+        return Q3.pixel_store(Path("cache"), data / "train", Q3.file_facts(sorted((data / "train").rglob("*.jpg"))), size, None).file
+    first, other_size = store(), store_of(40)
     assert first == store() and first.exists()
     spoil(data)
     assert first != store() and other_size.exists()
@@ -750,7 +775,7 @@ def test_memory_does_not_hold_the_rows_that_are_not_in_use():
 def test_no_cache_leaves_nothing_behind(quick_run, tmp_path, capsys):
     out = quick_run("out", "--no-cache")
     assert "Trunk maps  30 photos" in capsys.readouterr().out
-    assert not list(tmp_path.rglob("pixels-*")) and sorted(os.listdir(out)) == sorted(Q3.RUN_FILES)
+    assert not list(tmp_path.rglob("pixels-*")) and set(os.listdir(out)) == set(Q3.RUN_FILES) - {"damaged.csv", "same_photos.csv", "not_finite.csv"}
 
 
 def test_data_folder_is_only_read_and_the_cache_may_lie_elsewhere(quick_run, data, tmp_path):
@@ -764,11 +789,10 @@ def test_data_folder_is_only_read_and_the_cache_may_lie_elsewhere(quick_run, dat
     assert len(list((tmp_path / "elsewhere").glob("*-*"))) == 3 and not (tmp_path / ".cache").exists()
 
 
-def test_two_runs_at_once_share_a_cache(shared_data, weights, tmp_path):
-    command = [sys.executable, ROOT / "Q3.py", "--data", shared_data, "--weights", weights, *QUICK[2:], "--cache", "cache", "--out"]
-    both = [subprocess.Popen(list(map(str, [*command, name])), stdout=subprocess.DEVNULL) for name in ("one", "two")]
-    assert [running.wait(timeout=240) for running in both] == [0, 0]
-    subprocess.run(list(map(str, [*command, "alone", "--no-cache"])), check=True, stdout=subprocess.DEVNULL)
+def test_two_runs_at_once_share_a_cache(small_network, shared_data):
+    both = [forked("--data", shared_data, *QUICK, "--cache", "cache", "--out", name) for name in ("one", "two")]
+    assert [running.wait() for running in both] == [0, 0]
+    assert forked("--data", shared_data, *QUICK, "--no-cache", "--out", "alone").wait() == 0
     assert Path("one/predictions.csv").read_text() == Path("two/predictions.csv").read_text() == Path("alone/predictions.csv").read_text()
 
 
@@ -796,9 +820,11 @@ def test_report_counts_by_hand():
     predicted = torch.tensor([0, 0, 1, 1, 0, 1])
     report = Q3.test_report(nn.functional.one_hot(predicted, 3).float() * 9, labels, ["a", "b", "c"])
     assert report["confusion"] == [[2, 1, 0], [1, 1, 0], [0, 1, 0]] and report["accuracy"] == 0.5
-    assert report["per_class"]["a"] == pytest.approx({"photos": 3, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3})
-    assert report["per_class"]["b"] == pytest.approx({"photos": 2, "precision": 1 / 3, "recall": 1 / 2, "f1": 0.4})
-    assert report["per_class"]["c"] == {"photos": 1, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+    rows = report["per_class"]
+    assert [row.pop("recall_interval_95") for row in rows.values()] == [Q3.wilson_interval(*counts) for counts in ((2, 3), (1, 2), (0, 1))]
+    assert rows["a"] == pytest.approx({"photos": 3, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3})
+    assert rows["b"] == pytest.approx({"photos": 2, "precision": 1 / 3, "recall": 1 / 2, "f1": 0.4})
+    assert rows["c"] == {"photos": 1, "precision": 0.0, "recall": 0.0, "f1": 0.0}
 
 
 @pytest.mark.parametrize("correct, count, low, high", [(80, 100, 0.7112, 0.8666), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)])
@@ -829,7 +855,7 @@ FLAGS = {  # flag: (value, what the run folder then shows)
     "--cache-gb": (0, lambda out: "--cache-gb" in json.loads((out / "config.json").read_text())["trunk"]),
     "--out": (None, lambda out: out.name == "other"),
 }
-TESTED_ELSEWHERE = {"--split", "--weights", "--device", "--workers", "--no-cache", "--help"}
+TESTED_ELSEWHERE = {"--split", "--weights", "--device", "--workers", "--no-cache", "--help", "--resume", "--download", "--skip-damaged", "--save-minutes"}
 
 
 def test_every_flag_has_a_test():
@@ -902,12 +928,12 @@ def test_default_folder_in_a_place_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs").symlink_to("not/mounted")
     with pytest.raises(dataset_split.InputError, match="runs"):
-        Q3.claim_folder(None)
+        Q3.claim_folder(None, Q3.RUN_FILES)
 
 
 def test_default_folder_is_named_after_the_time_and_never_shared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, second = Q3.claim_folder(None), Q3.claim_folder(None)
+    first, second = Q3.claim_folder(None, Q3.RUN_FILES), Q3.claim_folder(None, Q3.RUN_FILES)
     assert first != second and first.is_dir() and second.is_dir()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", first.name) and first.parent == Path("runs")
 
@@ -964,6 +990,9 @@ def test_options_are_answered_before_torch_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert type_command("Q3.py", "--help", cwd=tmp_path).returncode == 0
     assert type_command("Q3.py", "--batch-size", "0", cwd=tmp_path).returncode == 2
+    assert type_command("Q3.py", cwd=tmp_path).returncode == 2, "nor is torch needed to see that there are no photos"
+    assert type_command("Q3.py", "--resume", "nowhere", cwd=tmp_path).returncode == 2
+    (tmp_path / "inaturalist_12k" / "train").mkdir(parents=True)
     assert type_command("Q3.py", cwd=tmp_path).returncode == 77, "the stand-in for torch was not met at all"
 
 
@@ -995,6 +1024,13 @@ def test_unusable_photos(small_network, data, tmp_path, refused, spoil, part):
     spoil(data)
     assert part in refused("Q3.py", "--data", data, *QUICK, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") == [], "the same --out can be used again"
+
+
+def flip(file: Path, found: bytes) -> None:
+    """Change one bit in the first place where the file holds these bytes."""
+    content = bytearray(file.read_bytes())
+    content[content.index(found)] ^= 4
+    file.write_bytes(content)
 
 
 def cut_off(file: Path) -> None:
@@ -1034,7 +1070,8 @@ class Malicious:
     (lambda tmp: tmp, "is no file"),
     (lambda tmp: draw_data(tmp / "d") / "train" / "Aves" / "00.jpg", "not a state dict"),
     (lambda tmp: (save(tmp, {"a": torch.zeros(99)}), cut_off(tmp / "w.pth"))[0], "not a state dict"),
-    (lambda tmp: save(tmp, Malicious()), "not a state dict"),
+    (lambda tmp: save(tmp, Malicious()), "holds code (exec), not only tensors and plain values: it was refused"),
+    (lambda tmp: (save(tmp, {"a": torch.ones(99)}), flip(tmp / "w.pth", b"\0\0\x80\x3f" * 9))[0], "is damaged (in its part 'w/data/0')"),
     (lambda tmp: save(tmp, torch.zeros(3)), "a Tensor"),
     (lambda tmp: save(tmp, {"epoch": 3}), "no state dict"),
     (lambda tmp: save(tmp, {5: torch.zeros(3)}), "no state dict"),
@@ -1078,11 +1115,418 @@ def test_device_that_is_not_there(shared_data, monkeypatch, refused):
 
 
 def test_full_disk_while_decoding(small_network, shared_data, tmp_path, monkeypatch, refused):
+    left = iter([None, None])  # for config.json and split.json
     def full(descriptor):
+        next(left, "full") and errno_28()
+    def errno_28():
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
     line = refused("Q3.py", "--data", shared_data, *QUICK, "--out", tmp_path / "out")
     assert "No space left" in line and "--cache DIR" in line and "'.cache'" in line
+
+
+# -- interrupted runs -------------------------------------------------------------------------------------------------
+
+BEGIN = ("--epochs", 2, "--save-minutes", 1000)
+
+
+def finished(out: Path) -> dict:
+    """All that a run leaves behind but timings and the folder's name."""
+    return benchmark_kills.result(out)
+
+
+def interrupt(monkeypatch, name: str, call_number: int, signals=(signal.SIGINT,), owner=Q3) -> None:
+    """Send this process signals when the function is called for the so-manieth time."""
+    function, calls = getattr(owner, name), iter(range(1, 1000))
+    def interrupted(*args, **options):
+        if next(calls) == call_number:
+            for number in signals:
+                os.kill(os.getpid(), number)
+        return function(*args, **options)
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.fixture(scope="module")
+def left_alone(shared_data, small_weights, tmp_path_factory):
+    """What a run of a recipe ends with that nobody interrupts."""
+    ends = {}
+    def left_alone(recipe: str) -> dict:
+        if recipe not in ends:
+            folder = tmp_path_factory.mktemp("alone")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Q3, "resnet50", small_resnet)
+                patch.chdir(folder)
+                (folder / "small.pth").symlink_to(small_weights)
+                assert call("Q3.py", "--data", shared_data, *QUICK, *BEGIN, "--recipe", recipe, "--out", "out") == 0
+            ends[recipe] = finished(folder / "out")
+        return ends[recipe]
+    return left_alone
+
+
+@pytest.mark.parametrize("recipe", ["tuned", "reference"])
+@pytest.mark.parametrize("name, call_number, number, reached", [
+    ("decode", 1, signal.SIGTERM, "from the start"), ("features of", 1, signal.SIGINT, "from the start"), ("step", 2, signal.SIGINT, "epoch 0 and 2 steps"),
+    ("step", 4, signal.SIGTERM, "epoch 1 and 1 steps"), ("validation", 2, signal.SIGTERM, "epoch"), ("write_csv", 1, signal.SIGINT, "epoch"),
+    ("test_report", 1, signal.SIGINT, None), ("decode", 2, signal.SIGINT, "after epoch 2 and 0 steps")])
+def test_interrupted_run_goes_on_as_if_nothing_had_been(small_network, shared_data, left_alone, monkeypatch, capsys, recipe, name, call_number, number, reached):
+    with monkeypatch.context() as patch:
+        if name == "step":
+            interrupt(patch, "after_step", call_number, [number], owner=Q3.Training)
+        elif name in ("features of", "validation"):
+            def batches(photos, which, size, title, *rest, batches=Q3.batches, calls=iter(range(1, 99))):
+                if title.startswith(name) and next(calls) == call_number:
+                    os.kill(os.getpid(), number)
+                return batches(photos, which, size, title, *rest)
+            patch.setattr(Q3, "batches", batches)
+        else:
+            interrupt(patch, name, call_number, [number])
+        code = call("Q3.py", "--data", shared_data, *QUICK, *BEGIN, "--recipe", recipe, "--out", "out")
+    if name == "features of" and recipe == "reference" or name == "test_report":
+        assert code == 0, "nothing is left to be interrupted"
+    else:
+        assert code == 130 and capsys.readouterr().err.endswith("interrupted: go on with: python Q3.py --resume out\n")
+        assert not Path("out/test.json").exists()
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler, "what was there before is put back"
+    assert call("Q3.py", "--resume", "out") == 0
+    if reached and code == 130:
+        assert reached in re.search("^Resumed .*", capsys.readouterr().out, re.MULTILINE)[0]
+    assert benchmark_kills.equal(finished(Path("out")), left_alone(recipe))
+
+
+def test_second_interruption_does_not_wait(small_network, shared_data, monkeypatch, capsys):
+    interrupt(monkeypatch, "train_epoch", 1, (signal.SIGINT, signal.SIGINT))
+    assert call("Q3.py", "--data", shared_data, *QUICK, *BEGIN, "--out", "out") == 130
+    assert "--resume out" in capsys.readouterr().err and (load(Path("out/last.pt"))["epoch"], load(Path("out/last.pt"))["step"]) == (0, 0)
+    assert call("Q3.py", "--resume", "out") == 0
+
+
+def test_interrupted_while_saving_the_save_is_finished_first(small_network, shared_data, monkeypatch):
+    interrupt(monkeypatch, "save", 2, owner=Q3.torch)
+    assert call("Q3.py", "--data", shared_data, *QUICK, *BEGIN, "--out", "out") == 130
+    assert load(Path("out/best.pt"))["epoch"] == 0 and read_csv(Path("out/history.csv")) and not list(Path("out").glob("*.tmp"))
+
+
+def typed_run(tmp_path, *argv, start=subprocess.Popen):
+    return start([sys.executable, *map(str, argv)], cwd=tmp_path, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                 stderr=subprocess.PIPE, start_new_session=True)
+
+
+def wait_for_row(running, epoch: int) -> None:
+    while f"{epoch:5} |" not in (line := running.stdout.readline()):
+        assert line, running.stderr.read()
+
+
+def test_sigterm_as_a_scheduler_sends_it(shared_data, weights, tmp_path):
+    flags = ("--data", shared_data, "--weights", weights, *QUICK[2:], "--epochs", 400, "--out", "a run")
+    running = typed_run(tmp_path, ROOT / "Q3.py", *flags)
+    wait_for_row(running, 1)
+    running.terminate()
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130 and "stopping after this step" in errors and errors.endswith("go on with: python Q3.py --resume 'a run'\n")
+    assert load(tmp_path / "a run" / "last.pt")["epoch"] >= 1
+
+
+def test_two_processes_are_interrupted_and_go_on_together(shared_data, weights, tmp_path):
+    flags = ("--data", shared_data, "--weights", weights, *QUICK[2:], "--out", "out", "--save-minutes", 1000, "--epochs", 400)
+    run_two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / "Q3.py")
+    running = typed_run(tmp_path, *run_two, *flags)
+    wait_for_row(running, 1)
+    os.killpg(running.pid, signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert "go on with: torchrun --nproc-per-node=2 Q3.py --resume out" in errors
+    reached = load(tmp_path / "out" / "last.pt")
+    again = typed_run(tmp_path, *run_two, "--resume", "out")
+    wait_for_row(again, reached["epoch"] + 1)
+    os.killpg(again.pid, signal.SIGTERM)
+    again.communicate(timeout=60)
+    later = load(tmp_path / "out" / "last.pt")
+    assert later["epoch"] > reached["epoch"] and later["history"][:len(reached["history"])] == reached["history"]
+    assert all(0 <= row["train_acc"] <= 1 for row in later["history"])
+
+
+def test_processes_stop_together_if_one_is_asked(monkeypatch):
+    monkeypatch.setattr(Q3, "PROCESSES", 2)
+    def the_other_wants_the_second(flags, operation):
+        assert operation == torch.distributed.ReduceOp.MAX
+        flags.copy_(torch.maximum(flags, torch.tensor([0, 1], dtype=torch.int32)))
+    monkeypatch.setattr(Q3.distributed, "all_reduce", the_other_wants_the_second)
+    assert Q3.wished(True, False) == [1, 1] and Q3.wished(False, False) == [0, 1]
+
+
+def test_last_pt_is_written_within_an_epoch_as_often_as_asked(quick_run, monkeypatch):
+    saved = []
+    monkeypatch.setattr(Q3.Training, "save", lambda self, *names, save=Q3.Training.save: (saved.append((names, self.step)), save(self, *names)))
+    quick_run("often", "--save-minutes", 0)
+    assert [step for _, step in saved] == [0, 1, 2, 3, 0]
+    saved.clear()
+    quick_run("seldom")
+    assert [step for _, step in saved] == [0, 0]
+
+
+def test_resumed_run_may_move_and_use_another_cache_and_other_threads(small_network, data, left_alone, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        interrupt(patch, "train_epoch", 2)
+        assert call("Q3.py", "--data", data, *QUICK, *BEGIN, "--out", "out") == 130
+    data.rename("moved")
+    (tmp_path / "small.pth").unlink()
+    Path("out").rename("elsewhere")
+    assert call("Q3.py", "--resume", "elsewhere", "--data", "moved", "--cache", "new", "--workers", 2) == 0
+    assert benchmark_kills.equal(finished(Path("elsewhere")), left_alone("tuned"))
+
+
+def test_finished_run_can_be_resumed_to_the_same_end(quick_run):
+    before = finished(out := quick_run("out"))
+    (out / "test.json").unlink(), (out / "history.csv").unlink()
+    assert call("Q3.py", "--resume", out) == 0 and benchmark_kills.equal(finished(out), before)
+
+
+def test_resumed_run_keeps_its_options(quick_run, refused):
+    out = quick_run("out")
+    for flag, *value in (("--epochs", 9), ("--seed", 1), ("--batch-size", 4), ("--lr-head", 0.5), ("--recipe", "reference"), ("--freeze", 7), ("--amp", "bf16"),
+                         ("--image-size", 64), ("--fraction", 0.5), ("--weights", "none"), ("--out", "other"), ("--skip-damaged",), ("--split", "s.json")):
+        line = refused("Q3.py", "--resume", out, flag, *value)
+        assert flag in line and "can only go on as it began" in line
+    assert call("Q3.py", "--resume", out, "--epochs", 1) == 0, "to say it again does no harm"
+
+
+def other_run(out: Path) -> None:
+    checkpoint = load(out / "last.pt")
+    checkpoint["options"]["seed"] = 7
+    torch.save(checkpoint, out / "last.pt")
+
+
+def changed(file: Path, **values) -> None:
+    torch.save({**load(file), **values}, file)
+
+
+@pytest.mark.parametrize("spoil, part", [
+    (lambda data, out: draw_photo(data / "train/Aves/03.jpg", (0, 0, 0), 77), "1 have other pixels, the first '{data}/train/Aves/03.jpg'"),
+    (lambda data, out: (data / "train/Aves/03.jpg").unlink(), "'Aves/03.jpg'"),
+    (lambda data, out: shutil.rmtree(data / "val/Aves"), "only train has 'Aves'"),
+    (lambda data, out: shutil.rmtree(out), "no run there to go on with"),
+    (lambda data, out: (out / "config.json").unlink(), "no run there to go on with"),
+    (lambda data, out: (out / "config.json").write_text("{}"), "is not the JSON"),
+    (lambda data, out: (out / "config.json").write_text('{"options": {"epochs": "many"}}'), "--epochs"),
+    (lambda data, out: (out / "config.json").write_text('{"options": {"speed": 9}}'), "no option '--speed"),
+    (lambda data, out: (out / "split.json").write_text("{}"), "not a manifest"),
+    (lambda data, out: (out / "last.pt").unlink(), "last.pt' is missing"),
+    (lambda data, out: (out / "best.pt").unlink(), "best.pt' can't be read"),
+    (lambda data, out: changed(out / "best.pt", epoch=7), "is not of epoch 1, the best so far"),
+    (lambda data, out: other_run(out), "last.pt' is of another run: its options"),
+    (lambda data, out: changed(out / "best.pt", classes=["cat", "dog"]), "best.pt' is of another run: its classes"),
+    (lambda data, out: changed(out / "last.pt", format=2), "has checkpoint format 2, this version of Q3.py reads 3"),
+    (lambda data, out: changed(out / "last.pt", optimizer={}), "last.pt' is of another run or damaged"),
+    (lambda data, out: changed(out / "last.pt", model={}), "last.pt' is of another run or damaged"),
+    (lambda data, out: changed(out / "last.pt", history=[{"epoch": 1}]), "its history is no table"),
+    (lambda data, out: changed(out / "last.pt", step="two"), "its step is missing or of the wrong kind"),
+    (lambda data, out: torch.save(load(out / "last.pt")["model"], out / "last.pt"), "a state dict, which --weights takes"),
+    (lambda data, out: torch.save([1], out / "last.pt"), "no checkpoint of Q3.py but a list"),
+    (lambda data, out: torch.save(Malicious(), out / "last.pt"), "holds code (exec), not only tensors and plain values"),
+    (lambda data, out: torch.save({"model": Malicious()}, out / "last.pt", _use_new_zipfile_serialization=False), "holds code (exec)"),
+    (lambda data, out: cut_off(out / "last.pt"), "is not a checkpoint of Q3.py, or a damaged one"),
+    (lambda data, out: flip(out / "last.pt", load(out / "last.pt")["model"]["layer4.0.conv2.weight"].numpy().tobytes()[:64]), "is damaged (in its part 'archive/data/")])
+def test_run_that_cannot_be_resumed(small_network, data, stopped_run, refused, spoil, part):
+    shutil.copytree(stopped_run, "out")
+    spoil(data, Path("out"))
+    before = {path: path.read_bytes() for path in Path("out").glob("*.pt")}
+    assert part.format(data=data) in refused("Q3.py", "--resume", "out", "--data", data)
+    assert before == {path: path.read_bytes() for path in Path("out").glob("*.pt")} and not Path("executed").exists()
+
+
+@pytest.fixture(scope="module")
+def stopped_run(shared_data, small_weights, tmp_path_factory):
+    """The folder of a run that was stopped in epoch 2, after a better epoch 1."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Q3, "resnet50", small_resnet)
+        patch.setattr(Q3, "loss_and_accuracy", lambda *_, results=iter([(1.0, 0.1), (1.0, 0.1), (0.9, 0.9)]): next(results))
+        patch.chdir(folder)
+        (folder / "small.pth").symlink_to(small_weights)
+        interrupt(patch, "train_epoch", 2)
+        assert call("Q3.py", "--data", shared_data, *QUICK, *BEGIN, "--out", "out") == 130
+    return folder / "out"
+
+
+def test_other_machine_is_noted(quick_run, capsys):
+    out = quick_run("out")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "threads": 99}))
+    capsys.readouterr()
+    assert call("Q3.py", "--resume", out) == 0
+    assert f"threads: {torch.get_num_threads()}, was 99" in capsys.readouterr().out
+
+
+def test_crops_come_from_where_they_came_from(quick_run, refused):
+    out = quick_run("out")
+    assert "--cache-gb as then" in refused("Q3.py", "--resume", out, "--cache-gb", 0)
+
+
+# -- files that are whole ---------------------------------------------------------------------------------------------
+
+def test_full_disk_while_saving(small_network, shared_data, monkeypatch, refused):
+    def full(value, stream, calls=iter(range(1, 99)), save=torch.save):
+        if next(calls) == 3:
+            stream.write(b"half a check")
+            raise OSError(28, "No space left on device")
+        save(value, stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        line = refused("Q3.py", "--data", shared_data, *QUICK, "--out", "out", "--save-minutes", 0)
+    assert "'out/last.pt' can't be written: No space left on device. Then go on with: python Q3.py --resume out" in line
+    assert load(Path("out/last.pt"))["epoch"] == 0 and not list(Path("out").glob("*.tmp"))
+    assert call("Q3.py", "--resume", "out") == 0
+
+
+def test_run_folder_that_is_deleted_meanwhile(small_network, shared_data, monkeypatch, refused):
+    monkeypatch.setattr(Q3.Training, "finish_epoch", lambda self, *args, go_on=Q3.Training.finish_epoch: (shutil.rmtree(self.args.out), go_on(self, *args)))
+    assert "the folder 'out' is gone" in refused("Q3.py", "--data", shared_data, *QUICK, "--out", "out")
+
+
+def test_leftovers_of_a_kill_are_cleared_away(quick_run):
+    out = quick_run("out")
+    for name in ("last.pt.1234.tmp", "history.csv.99.tmp"):
+        (out / name).write_bytes(b"half")
+    (out / "notes.tmp").write_text("mine")
+    assert call("Q3.py", "--resume", out) == 0
+    assert [path.name for path in out.glob("*.tmp")] == ["notes.tmp"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_run_that_could_not_begin_leaves_nothing(small_network, data, tmp_path, refused, named):
+    (data / "train/Aves/03.jpg").write_text("a poem")
+    refused("Q3.py", "--data", data, *QUICK, *["--out", "out"] * named)
+    assert not list(Path("runs").glob("*")) and not list(Path("out").glob("*"))
+
+
+# -- damaged and doubtful photos --------------------------------------------------------------------------------------
+
+def test_damaged_photos_are_all_named_before_training_starts(small_network, data, refused):
+    for name in ("Aves/03", "Fungi/05", "Insecta/01", "Insecta/02"):
+        cut_off(data / "train" / f"{name}.jpg")
+    line = refused("Q3.py", "--data", data, *QUICK)
+    assert all(f"{name}.jpg' can't be read" in line for name in ("Aves/03", "Fungi/05", "Insecta/01"))
+    assert "; and 1 more: replace or remove them, or leave damaged ones out with --skip-damaged" in line
+
+
+def test_damaged_photos_are_left_out_if_asked_and_listed(quick_run, data, capsys):
+    split = dataset_split.split(dataset_split.list_photos(data / "train"), 1.0, 0.2, 0)
+    in_train, in_val = split["train"][3], split["val"][1]
+    cut_off(data / "train" / in_train)
+    (data / "train" / in_val).write_text("a poem")
+    out = quick_run("out", "--skip-damaged", data=data)
+    rows = read_csv(out / "damaged.csv")
+    assert {row["path"] for row in rows} == {f"train/{in_train}", f"train/{in_val}"} and all("photo" in row["problem"] for row in rows)
+    assert "2 photos left out, see" in capsys.readouterr().out
+    checkpoint = load(out / "last.pt")
+    assert len(checkpoint["checksums"]) == 28 and checkpoint["optimizer"]["state"][0]["step"] == 3
+    before = finished(out)
+    assert call("Q3.py", "--resume", out) == 0 and benchmark_kills.equal(finished(out), before)
+
+
+def test_damaged_photos_are_never_left_out_of_the_test(small_network, data, refused):
+    cut_off(data / "val/Aves/01.jpg")
+    line = refused("Q3.py", "--data", data, *QUICK, "--skip-damaged", "--out", "out")
+    assert "val/Aves/01.jpg' can't be read" in line and "--skip-damaged" not in line and line.endswith("--resume out\n")
+    draw_photo(data / "val/Aves/01.jpg", (1, 2, 3), 5)
+    assert call("Q3.py", "--resume", "out") == 0 and json.loads(Path("out/test.json").read_text())["photos"] == 12
+
+
+def test_class_whose_photos_are_all_damaged(small_network, data, refused):
+    for file in (data / "train/Fungi").iterdir():
+        file.write_bytes(b"")
+    assert "none is left to train 'Fungi' with" in refused("Q3.py", "--data", data, *QUICK, "--skip-damaged")
+
+
+def test_photos_of_absurd_size_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for name, size in (("large.png", (50, 30)), ("bomb.png", (300, 300)), ("fine.png", (30, 30))):
+        Image.new("RGB", size).save(tmp_path / name)
+    files = [tmp_path / name for name in ("large.png", "bomb.png", "fine.png")]
+    store = Q3.pixel_store(Path("decoded"), tmp_path, Q3.file_facts(files), 32, None)
+    damaged = Q3.decode(files, torch.arange(3), store, 1, None)
+    assert sorted(damaged) == [0, 1] and all(re.search("exceeds limit of [12]000 pixels", words) for words in damaged.values())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipe_and_link_to_nowhere_are_no_photos(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").symlink_to("nowhere")
+    files = [tmp_path / "a.jpg", tmp_path / "b.jpg"]
+    store = Q3.pixel_store(Path("decoded"), tmp_path, Q3.file_facts(files), 32, None)
+    assert [words.endswith("is not there, or no file") for words in Q3.decode(files, torch.arange(2), store, 1, None).values()] == [True, True]
+
+
+def test_photo_that_changes_while_photos_are_read(small_network, data, monkeypatch, refused):
+    def slow(files, *rest, decode=Q3.decode):
+        damaged = decode(files, *rest)
+        draw_photo(data / "train/Aves/03.jpg", (0, 0, 0), 77)
+        return damaged
+    monkeypatch.setattr(Q3, "decode", slow)
+    assert "Aves/03.jpg' for one" in refused("Q3.py", "--data", data, *QUICK)
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda file: draw_photo(file, (0, 0, 0), 77)])
+def test_photo_that_changes_or_vanishes_during_training_is_noticed(quick_run, data, monkeypatch, capsys, change):
+    monkeypatch.setattr(Q3.Training, "run", lambda self, run=Q3.Training.run: (run(self), change(data / "train/Aves/03.jpg")))
+    quick_run("out", data=data)
+    assert "1 photos have changed since they were read" in (text := capsys.readouterr().out) and "Aves/03.jpg" in text
+
+
+def test_same_photos_in_two_parts_or_classes_are_reported_with_both_paths(quick_run, data, capsys):
+    split = dataset_split.split(dataset_split.list_photos(data / "train"), 1.0, 0.2, 0)
+    aves = [path for path in split["train"] if path.startswith("Aves")]
+    fungi = [path for path in split["train"] if path.startswith("Fungi")]
+    held_out = [path for path in split["val"] if path.startswith("Aves")]
+    pairs = [(aves[0], held_out[0]), (aves[1], fungi[0]), (aves[2], aves[3])]  # across parts, across classes, no harm
+    for source, copy in pairs:
+        shutil.copy(data / "train" / source, data / "train" / copy)
+    shutil.copy(data / "train" / aves[4], data / "val/Aves/02.jpg")
+    seen_by_training = []
+    def recorded(self, run=Q3.Training.run):
+        seen_by_training.extend(read_csv(self.args.out / "same_photos.csv"))
+        run(self)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Q3.Training, "run", recorded)
+        out = quick_run("out", data=data)
+    expected = {(f"train/{aves[0]}", f"train/{held_out[0]}", "train val", "same"), (f"train/{aves[1]}", f"train/{fungi[0]}", "train train", "different")}
+    assert {tuple(row.values()) for row in seen_by_training} == expected, "before the test, no test photo is opened"
+    assert {tuple(row.values()) for row in read_csv(out / "same_photos.csv")} == expected | {(f"train/{aves[4]}", "val/Aves/02.jpg", "train test", "same")}
+    text = capsys.readouterr().out
+    assert "2 times in two parts" in text and "3 times in two parts" in text and json.loads((out / "test.json").read_text())["same_photos"] == 3
+
+
+# -- memory and odd numbers of photos ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), MemoryError(),
+                                   RuntimeError("[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_out_of_memory_says_what_to_try(small_network, shared_data, monkeypatch, refused, error):
+    def full(*_):
+        raise error
+    monkeypatch.setattr(Q3, "train_epoch", full)
+    line = refused("Q3.py", "--data", shared_data, *QUICK, "--batch-size", 10, "--out", "out")
+    assert "out of memory with --batch-size 10 and --image-size 32" in line and "try --batch-size 5" in line and "--resume out" in line
+    assert "a smaller --image-size" in refused("Q3.py", "--data", shared_data, *QUICK, "--batch-size", 1, "--image-size", 64)
+
+
+def test_other_errors_of_torch_are_not_called_lack_of_memory(small_network, shared_data, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    monkeypatch.setattr(Q3, "train_epoch", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        call("Q3.py", "--data", shared_data, *QUICK)
+
+
+@pytest.mark.parametrize("batch_size, steps", [(1, 24), (7, 4), (23, 2), (24, 1), (1000, 1)])
+def test_batches_of_any_size_work(quick_run, batch_size, steps):
+    out = quick_run("out", "--batch-size", batch_size)
+    assert load(out / "last.pt")["optimizer"]["state"][0]["step"] == steps
+
+
+@pytest.mark.parametrize("typed, meant", [("--epoch", "--epochs"), ("--batchsize=8", "--batch-size"), ("-epochs", "--epochs"), ("--learning-rate-head", None),
+                                          ("--lr_head", "--lr-head"), ("--no-cash", "--no-cache")])
+def test_typo_is_named_with_what_was_meant(refused, typed, meant):
+    line = refused("Q3.py", typed, "3")
+    assert repr(typed) in line and (f"did you mean {meant}?" in line) == bool(meant)
 
 
 # -- several processes ------------------------------------------------------------------------------------------------

@@ -1,17 +1,23 @@
 """dataset_split.py: the split itself, the manifest, the folders for other tools, and what is said about bad input."""
 
+import http.server
+import io
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 
 import dataset_split as ds
-from conftest import ROOT, call, draw_photo, type_command
+from conftest import QUICK, ROOT, call, draw_photo, type_command
 
 CLASSES = ("Amphibia", "Animalia", "Arachnida", "Aves", "Fungi", "Insecta", "Mammalia", "Mollusca", "Plantae", "Reptilia")
 
@@ -338,6 +344,181 @@ def test_missing_manifest(data, tmp_path):
 
 
 def test_interruption_has_its_own_exit_code(capsys):
-    def interrupted():
+    with pytest.raises(SystemExit, match="130"), ds.exit_codes():
+        raise KeyboardInterrupt("go on")
+    assert "interrupted: go on" in capsys.readouterr().err
+
+
+# -- fetching the data set --------------------------------------------------------------------------------------------
+
+def archive(data: Path, members: dict[str, bytes] = {}) -> bytes:
+    """A zip archive of a data folder under its public name, and of other members."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as packed:
+        for file in sorted(data.rglob("*.jpg")):
+            packed.write(file, f"inaturalist_12K/{file.relative_to(data).as_posix()}")
+        for name, content in members.items():
+            packed.writestr(name, content)
+    return stream.getvalue()
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `content` as a person's network does: breaks off, ignores ranges, is busy."""
+    content, breaks, takes_ranges, busy, says_length, asked = b"", [], True, 0, True, []
+
+    def do_GET(self):
+        Server.asked.append(self.headers.get("Range"))
+        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1]) if self.headers.get("Range") and Server.takes_ranges else 0
+        if Server.busy or start >= len(Server.content):
+            Server.busy -= bool(Server.busy)
+            self.send_response(416 if start >= len(Server.content) else 503)
+            self.send_header("Content-Range", f"bytes */{len(Server.content)}")
+            return self.end_headers()
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(Server.content) - 1}/{len(Server.content)}")
+        if Server.says_length:
+            self.send_header("Content-Length", str(len(Server.content) - start))
+        self.end_headers()
+        self.wfile.write(Server.content[start:][:Server.breaks.pop(0) if Server.breaks else None])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served(data, monkeypatch):
+    """Serve an archive of the drawn photos; gives its address."""
+    for name, value in (("content", archive(data)), ("breaks", []), ("takes_ranges", True), ("busy", 0), ("says_length", True), ("asked", [])):
+        monkeypatch.setattr(Server, name, value)
+    monkeypatch.setattr(ds.time, "sleep", lambda seconds: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/nature_12K.zip"
+        server.shutdown()
+
+
+def is_whole(folder: Path, data: Path) -> bool:
+    left = [path.name for path in folder.parent.iterdir() if path.name.endswith((".part", ".unpacking"))]
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.jpg")} == {
+        path.relative_to(data): path.read_bytes() for path in data.rglob("*.jpg")} and not left
+
+
+@pytest.mark.parametrize("server, requests", [
+    ({}, 1), ({"breaks": [1000, 5000]}, 3), ({"breaks": [1000], "takes_ranges": False}, 2), ({"busy": 2}, 3), ({"breaks": [0, 0, 0]}, 4), ({"says_length": False}, 1)])
+def test_download_ends_with_the_whole_data_set(data, served, tmp_path, monkeypatch, server, requests):
+    for name, value in server.items():
+        monkeypatch.setattr(Server, name, value)
+    ds.download(tmp_path / "fetched", served)
+    assert is_whole(tmp_path / "fetched", data) and len(Server.asked) == requests
+    if len(server.get("breaks", [])) == 2:
+        assert Server.asked == [None, "bytes=1000-", "bytes=6000-"], "nothing is fetched twice"
+    ds.download(tmp_path / "fetched", served)
+    assert len(Server.asked) == requests, "what is there is not fetched again"
+
+
+@pytest.mark.parametrize("have", [1000, None])
+def test_download_goes_on_with_what_an_earlier_command_fetched(data, served, tmp_path, have):
+    (tmp_path / "nature_12K.zip.part").write_bytes(Server.content[:have])
+    (tmp_path / ".fetched.unpacking" / "train").mkdir(parents=True)
+    ds.download(tmp_path / "fetched", served)
+    assert is_whole(tmp_path / "fetched", data) and Server.asked == [f"bytes={have or len(Server.content)}-"]
+
+
+def test_server_that_always_breaks_off(data, served, tmp_path):
+    Server.breaks = [1000, *[0] * 99]
+    with pytest.raises(ds.InputError, match="broke off after 1,000 of .* goes on from there"):
+        ds.download(tmp_path / "fetched", served)
+    assert (tmp_path / "nature_12K.zip.part").read_bytes() == Server.content[:1000] and not (tmp_path / "fetched").exists()
+    Server.breaks = []
+    ds.download(tmp_path / "fetched", served)
+    assert is_whole(tmp_path / "fetched", data)
+
+
+@pytest.mark.parametrize("url, part", [("http://127.0.0.1:1/x.zip", "failed"), ("http://no.such.host.invalid/x.zip", "failed")])
+def test_download_without_network(tmp_path, monkeypatch, url, part):
+    monkeypatch.setattr(ds.time, "sleep", lambda seconds: None)
+    with pytest.raises(ds.InputError, match=part):
+        ds.download(tmp_path / "fetched", url)
+    assert os.listdir(tmp_path) == ["photos"] if (tmp_path / "photos").exists() else not os.listdir(tmp_path)
+
+
+def test_archive_that_is_not_there(served, tmp_path, monkeypatch):
+    monkeypatch.setattr(Server, "do_GET", lambda self: self.send_error(404))
+    with pytest.raises(ds.InputError, match="404"):
+        ds.download(tmp_path / "fetched", served)
+
+
+@pytest.mark.parametrize("name", ["../outside.jpg", "/etc/outside.jpg", "inaturalist_12K/../../outside.jpg", "C:/outside.jpg", "..\\outside.jpg"])
+def test_archive_whose_members_would_leave_the_folder(data, served, tmp_path, name):
+    Server.content = archive(data, {name: b"x"})
+    with pytest.raises(ds.InputError, match="would lie outside the data folder"):
+        ds.download(tmp_path / "in" / "fetched", served)
+    assert not (tmp_path / "in" / "fetched").exists() and not list(tmp_path.rglob("outside*")) and not list(tmp_path.rglob(".*unpacking"))
+
+
+def test_archive_with_a_link(data, served, tmp_path):
+    link = zipfile.ZipInfo("inaturalist_12K/train/Aves/link.jpg")
+    link.external_attr = 0o120777 << 16
+    Server.content = archive(data, {link: b"/etc/passwd"})
+    with pytest.raises(ds.InputError, match="or is a link"):
+        ds.download(tmp_path / "fetched", served)
+
+
+@pytest.mark.parametrize("spoil", [lambda content: content[:3000] + bytes([content[3000] ^ 1]) + content[3001:], lambda content: content[:-50], lambda content: b"<html>" * 99])
+def test_damaged_archive_is_fetched_again(data, served, tmp_path, spoil):
+    good, Server.content = Server.content, spoil(Server.content)
+    with pytest.raises(ds.InputError, match="was damaged .* fetches it again"):
+        ds.download(tmp_path / "fetched", served)
+    assert sorted(os.listdir(tmp_path)) == ["photos"], "half a data set never looks like a whole one"
+    Server.content = good
+    ds.download(tmp_path / "fetched", served)
+    assert is_whole(tmp_path / "fetched", data)
+
+
+def test_archive_of_something_else(served, tmp_path):
+    Server.content = archive(tmp_path / "nothing", {"readme.txt": b"hello"})
+    with pytest.raises(ds.InputError, match="no folder with train/ and val/"):
+        ds.download(tmp_path / "fetched", served)
+
+
+@pytest.mark.parametrize("free", [3000, 2 * 40_000])
+def test_room_is_checked_before_it_is_used(data, served, tmp_path, monkeypatch, free):
+    Server.content = archive(data, {"inaturalist_12K/notes.txt": b"x" * 200_000})
+    monkeypatch.setattr(ds.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, free))
+    with pytest.raises(ds.InputError, match="GB are free: make room"):
+        ds.download(tmp_path / "fetched", served)
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.part")) == 0
+
+
+def test_folder_in_the_way_of_a_download(served, tmp_path):
+    (tmp_path / "fetched").mkdir()
+    (tmp_path / "fetched" / "thesis.txt").write_text("mine")
+    with pytest.raises(ds.InputError, match="is in the way"):
+        ds.download(tmp_path / "fetched", served)
+    assert not Server.asked and os.listdir(tmp_path / "fetched") == ["thesis.txt"]
+
+
+def test_download_that_is_killed_while_unpacking_leaves_no_half_data_set(data, served, tmp_path, monkeypatch):
+    def killed(self, member, target, extract=zipfile.ZipFile.extract):
+        extract(self, member, target)
         raise KeyboardInterrupt
-    assert ds.run(interrupted) == 130 and "interrupted" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "extract", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ds.download(tmp_path / "fetched", served)
+    assert not (tmp_path / "fetched").exists()
+    ds.download(tmp_path / "fetched", served)
+    assert is_whole(tmp_path / "fetched", data) and Server.asked[-1] == f"bytes={len(Server.content)}-"
+
+
+def test_q3_downloads_first_and_then_trains(served, tmp_path, monkeypatch, small_network):
+    monkeypatch.setattr(ds.download, "__defaults__", (served,))
+    assert call("Q3.py", "--download", "--data", tmp_path / "fetched", *QUICK, "--out", "out") == 0
+    assert Path("out/test.json").exists() and (tmp_path / "fetched" / "train").is_dir()
+
+
+def test_files_of_the_same_bytes_are_found_whatever_their_names(tmp_path):
+    for name, content in (("a", b"one"), ("b", b"two"), ("c", b"one"), ("d", b"other"), ("e", b"one")):
+        (tmp_path / name).write_bytes(content)
+    assert ds.same_photos([tmp_path / name for name in "edcbax"]) == [(tmp_path / "e", tmp_path / "c"), (tmp_path / "e", tmp_path / "a")]
