@@ -890,11 +890,11 @@ def train_epoch(model: nn.Module, loader, optimizer: torch.optim.Optimizer, scal
         after_step: is called after each step.
 
     Raises:
-        NotFinite: found one step late, so that a GPU needn't be waited for.
+        NotFinite: on a GPU only at the end, since it would have to be waited for after each step.
     """
     model.train()
-    before = torch.zeros(1)
-    for step, ((maps, labels, count), share) in enumerate(zip(loader, shares, strict=True)):
+    seen = []  # the losses of each step
+    for (maps, labels, count), share in zip(loader, shares, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = share * group["initial_lr"]
         logits = model(maps)
@@ -903,13 +903,14 @@ def train_epoch(model: nn.Module, loader, optimizer: torch.optim.Optimizer, scal
         scaler.scale(losses.sum() / count * PROCESSES).backward()  # of several processes DDP takes the mean
         scaler.step(optimizer)
         scaler.update()
-        if not before.isfinite().all():
-            raise NotFinite(step - 1, before)
-        before = losses.detach()
-        totals += torch.stack([before.sum(), (logits.argmax(1) == labels).sum()])
+        seen.append(losses.detach())
+        totals += torch.stack([seen[-1].sum(), (logits.argmax(1) == labels).sum()])
+        if totals.device.type == "cpu" and not totals.isfinite().all():
+            break
         after_step()
-    if not before.isfinite().all():
-        raise NotFinite(step, before)
+    for step, losses in enumerate(seen):
+        if not losses.isfinite().all():
+            raise NotFinite(step, losses)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1160,6 +1161,11 @@ class Training:
         for name in names:
             save_checkpoint(self.args.out / name, checkpoint)
 
+    def save_epoch(self) -> None:
+        self.save("last.pt", *["best.pt"] * (self.best is self.history[-1]))
+        if RANK == 0:
+            write_csv(self.args.out / "history.csv", self.history)
+
     def restore(self, checkpoint: dict) -> None:
         """Go on from a checkpoint, whose `model` the network has already.
 
@@ -1182,12 +1188,10 @@ class Training:
             for number, row in enumerate(self.history, self.history[0]["epoch"] if self.history else 1):
                 if list(row) != HISTORY or row["epoch"] != number or not row_text(row):
                     raise ValueError("its history is no table of epochs")
-        if not self.history or RANK > 0:
-            return
-        if self.step == 0:  # a kill may have come between the files of an epoch
-            self.save("last.pt", *["best.pt"] * (self.best is self.history[-1]))
-            write_csv(args.out / "history.csv", self.history)
-        if own_checkpoint(args.out / "best.pt", self.config["options"], self.config["classes"])["epoch"] != self.best["epoch"]:
+        if self.history and self.step == 0:  # a kill may have come between the files of an epoch
+            self.save_epoch()
+        best = own_checkpoint(args.out / "best.pt", self.config) if self.history and RANK == 0 else None
+        if best and best["epoch"] != self.best["epoch"]:
             raise InputError(f"'{args.out / 'best.pt'}' is not of epoch {self.best['epoch']}, the best so far: put that file back, or "
                              "start another run")
 
@@ -1264,9 +1268,7 @@ class Training:
         self.history.append(row)
         self.step, self.earlier, self.start = 0, 0.0, time.perf_counter()
         self.totals.zero_()
-        self.save("last.pt", *["best.pt"] * (self.best is row))
-        if RANK == 0:
-            write_csv(args.out / "history.csv", self.history)
+        self.save_epoch()
         print(row_text(row), flush=True)
         if any(wished(STOPPING.is_set())):
             raise Stopped
@@ -1304,15 +1306,15 @@ def load_run(folder: Path, classes: list[str]) -> tuple[dict, dict | None]:
         if (folder / "history.csv").exists():
             raise InputError(f"--resume '{folder}': '{last}' is missing: put it back, or start another run")
         return config, None
-    return config, own_checkpoint(last, config["options"], classes)
+    return config, own_checkpoint(last, {**config, "classes": classes})
 
 
-def own_checkpoint(file: Path, options: dict, classes: list[str]) -> dict:
-    """A checkpoint of the run that has these options, and of no other."""
+def own_checkpoint(file: Path, config: dict) -> dict:
+    """A checkpoint of the run that has this config.json, and of no other."""
     checkpoint = load_checkpoint(file)
     with fitting(file):
-        for name, ours in (("options", options), ("classes", classes), ("architecture", "resnet50")):
-            if checkpoint[name] != ours:
+        for name in ("options", "classes"):
+            if checkpoint[name] != config[name]:
                 raise InputError(f"'{file}' is of another run: its {name} are not those of config.json and the data")
     return checkpoint
 

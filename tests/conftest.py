@@ -1,6 +1,5 @@
 """What the tests share: small drawn photos, a small network, and the two commands as a user would type them."""
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import dataset_split  # noqa: E402
 import Q3  # noqa: E402
+from benchmark_kills import Forked  # noqa: E402
 
 settings.register_profile("some", max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("many", parent=settings.get_profile("some"), max_examples=10_000)
@@ -119,24 +119,6 @@ def call(script: str, *argv) -> int:
     except SystemExit as stop:
         return stop.code
     return 0
-
-
-class Forked:
-    """A process as `subprocess.Popen` gives one, from a server that has loaded torch already."""
-
-    def __init__(self, function, *args):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo", __name__])  # which take seconds to load
-        self.process = context.Process(target=function, args=args)
-        self.process.start()
-        self.kill = self.process.kill
-
-    def poll(self) -> int | None:
-        return self.process.exitcode
-
-    def wait(self) -> int:
-        self.process.join()
-        return self.process.exitcode
 
 
 def forked(*words) -> Forked:

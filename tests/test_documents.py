@@ -9,6 +9,7 @@ from torch.distributed.run import get_args_parser as get_torchruns_parser
 
 import benchmark_accuracy
 import benchmark_freezing
+import benchmark_kills
 import benchmark_training
 import dataset_split
 import Q3
@@ -37,8 +38,8 @@ def test_every_command_of_the_readme_is_one_the_scripts_accept():
 
 def test_every_option_that_the_documents_name_exists():
     parsers = (*PARSERS.values(), benchmark_training.get_args_parser(), benchmark_accuracy.get_args_parser(),
-               benchmark_freezing.get_args_parser(), get_torchruns_parser())
-    known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
+               benchmark_freezing.get_args_parser(), benchmark_kills.get_args_parser(), get_torchruns_parser())
+    known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings} | {"--hypothesis-profile"}
     for document in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / document).read_text()))
         assert named <= known, named - known
