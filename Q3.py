@@ -24,11 +24,11 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import warnings
 import zipfile
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -121,11 +121,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--split FILE takes the place of --fraction and --val-fraction: give one or the other")
     if "resume" in typed:
         own = run_options(typed["resume"])
-        for name in typed.keys() - CHANGEABLE:
+        for name in typed.keys() - CHANGEABLE - {"resume"}:
             if typed[name] != own[name]:
                 parser.error(f"--{name.replace('_', '-')} {typed[name]}: the run in '{typed['resume']}' has {own[name]}, and can only "
                              "go on as it began. For another result start another run")
-        typed = own | {"download": False} | typed | {"out": typed["resume"]}
+        typed = own | typed | {"out": typed["resume"]}
     args = argparse.Namespace(**(defaults | typed))
     if args.download and "WORLD_SIZE" in os.environ:
         parser.error("--download: fetch the photos with a single process first")
@@ -138,7 +138,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-CHANGEABLE = {"resume", "data", "download", "workers", "cache", "cache_gb", "no_cache", "save_minutes"}  # by a run that goes on
+CHANGEABLE = {"data", "download", "workers", "cache", "cache_gb", "no_cache", "save_minutes"}  # by a run that goes on
 
 
 def run_options(folder: Path) -> dict:
@@ -148,8 +148,11 @@ def run_options(folder: Path) -> dict:
         InputError: there is no run in this folder, or its file is damaged.
     """
     parser, words = get_args_parser(), []
+    known = vars(parser.parse_args([]))
     try:
         for name, value in read_config(folder)["options"].items():
+            if name not in known:
+                raise InputError(f"no option {name!r}")
             if value is not None and value is not False:
                 words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
         return vars(parser.parse_args(words))
@@ -197,10 +200,11 @@ def border_left_out(args: argparse.Namespace) -> float | None:
 RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
 
 if __name__ == "__main__":  # mistakes and --help are answered here, before the seconds that torch takes to load
-    with exit_codes(speaks=RANK == 0):
+    with exit_codes(unsaid=(InputError, KeyboardInterrupt) if RANK else ()):
         args = get_args()
         args.download or find_data(args.data)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # meanwhile Ctrl-C just ends
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # meanwhile Ctrl-C just ends
 
 import numpy as np
 import PIL
@@ -251,9 +255,11 @@ def first_on_this_machine():
     """What one process of each machine does before the others do: fetch, decode."""
     if LOCAL_RANK > 0:
         wait_for_all()
-    yield
-    if LOCAL_RANK == 0:
-        wait_for_all()
+    try:
+        yield
+    finally:
+        if LOCAL_RANK == 0:
+            wait_for_all()
 
 
 def wait_for_all() -> None:
@@ -272,26 +278,45 @@ class Stopped(KeyboardInterrupt):
     """Asked to stop, and at a place now that the run can go on from."""
 
 
-STOPPING = threading.Event()
+ASKED = []  # to stop: the signals that came
 
 
 @contextmanager
 def stopping_between_steps():
-    """Let Ctrl-C, a closed terminal and SIGTERM, which schedulers send, wait for the end of a step. A second one does not wait."""
-    def ask(*_):
-        STOPPING.set()
-        os.write(2, b"\nstopping after this step; once more to leave at once\n")  # print() may be in the middle of something
-        for number in before:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    """Let Ctrl-C, a closed terminal and SIGTERM, which schedulers send, wait for the end of a step. A second one does not wait;
+    but torchrun passes SIGTERM on to processes that have it already, and a shell SIGHUP, so that these don't count twice."""
+    def ask(signal_number, _):
+        ASKED.append(signal_number)
+        for repeated, handler in then.items():
+            signal.signal(repeated, handler)
+        with suppress(OSError):  # the terminal may be gone; and print() may be in the middle of something
+            os.write(2, b"\nstopping after this step; once more to leave at once\n")
 
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, ask) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    then = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_IGN if PROCESSES > 1 else signal.SIG_DFL}
+    then |= {signal.SIGHUP: signal.SIG_IGN} if hasattr(signal, "SIGHUP") else {}
+    then = {each: handler for each, handler in then.items() if signal.getsignal(each) != signal.SIG_IGN}
+    before = {each: signal.signal(each, ask) for each in then}
     try:
         yield
     finally:
-        STOPPING.clear()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        ASKED.clear()
+
+
+def on_first(function, *args):
+    """What the first process makes of this, for all of them; so is an InputError."""
+    done = [None]
+    if RANK == 0:
+        try:
+            done[0] = function(*args)
+        except InputError as error:
+            done[0] = error
+    if PROCESSES > 1:
+        distributed.broadcast_object_list(done, 0, device=torch.device("cpu"))
+    if isinstance(done[0], InputError):
+        raise done[0]
+    return done[0]
 
 
 def wished(*wishes: bool) -> list[int]:
@@ -481,7 +506,7 @@ def in_steps(title: str, rows: torch.Tensor, size: int):
     start = time.perf_counter()
     with tqdm(desc=title, total=len(rows), unit="photo", leave=False, disable=QUIET) as progress:
         for some in rows.split(size) if len(rows) else ():
-            if STOPPING.is_set():
+            if ASKED:
                 raise Stopped
             yield some
             progress.update(len(some))
@@ -681,13 +706,13 @@ class Photos:
         files: where they come from.
     """
 
-    def __init__(self, model: FineTuned, pixels: Store, rows: torch.Tensor, labels: torch.Tensor, files: list[Path] = []):
+    def __init__(self, model: FineTuned, pixels: Store, rows: torch.Tensor, labels: torch.Tensor, files: Sequence[Path] = ()):
         self.model, self.pixels, self.rows, self.labels, self.files = model, pixels, rows, send(labels, model.device), files
         self.kept: Store | torch.Tensor | None = None  # maps of all photos, or their pixels on the GPU
 
-    def checksums(self) -> torch.Tensor:
-        """CRC-32 of each photo's pixels, int64 (photos,): what tells whether the network still learns from the same."""
-        return torch.tensor([zlib.crc32(photo) for some in self.rows.split(256) for photo in self.pixels[some].numpy()])
+    def checksums(self) -> list[int]:
+        """CRC-32 of each photo's pixels: what tells whether the network still learns from the same."""
+        return [zlib.crc32(photo) for some in self.rows.split(256) for photo in self.pixels[some].numpy()]
 
     def look(self, which: torch.Tensor, places: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The trunk's maps (views, channels, side, side) of these photos and their labels, on the device.
@@ -707,12 +732,13 @@ class Photos:
             return self.model.maps(seen), self.labels[on_device]
         return seen.permute(0, 3, 1, 2).contiguous(memory_format=layout(device)), self.labels[on_device]
 
-    def keep(self, freeze: int, limit: float) -> str:
+    def keep(self, freeze: int, limit: float, earlier: str = "") -> str:
         """Keep what each step would do again, if there is room: in a GPU's memory (a quarter of what is free) the trunk's
         maps of the photos, or else their pixels; elsewhere the maps, in a store (half of what is free on the disk).
 
         Args:
             limit: the most that a store of maps may take, in GB.
+            earlier: what became of it when a run that is resumed began; it stays so, whatever room there is now.
 
         Returns:
             What became of it, in words.
@@ -723,16 +749,18 @@ class Photos:
         model, everything = self.model, torch.arange(len(self.rows))
         example = self.look(everything[:1])[0].permute(0, 2, 3, 1)[0]
         gigabytes, short = len(everything) * example.nbytes / 1e9, freeze < 5  # too short to be worth keeping
+        if earlier.startswith("computed in every step"):
+            return earlier
         if model.device.type == "cuda":
             room = torch.cuda.mem_get_info()[0] / 4e9
-            if gigabytes < room and not short:
+            if not short and (earlier or not any(wished(gigabytes >= room))):
                 self.kept = torch.cat([self.look(some)[0].permute(0, 2, 3, 1) for some in everything.split(256)])
                 return f"computed once, {gigabytes:.1f} GB of maps on the GPU"
             if len(everything) * self.pixels.row_bytes / 1e9 < room:
                 self.kept = torch.cat([send(self.pixels[rows], model.device) for rows in self.rows.split(256)])
         if model.device.type == "cuda" or short:
             return "computed in every step"
-        if gigabytes > limit:
+        if gigabytes > limit and not earlier:
             return f"computed in every step (its maps would take {gigabytes:.1f} GB, see --cache-gb)"
 
         trunk = b"".join(value.float().cpu().numpy().tobytes() for value in model.trunk.state_dict().values())
@@ -742,7 +770,7 @@ class Photos:
                      example.shape, example.dtype)
         lacking = int(maps.missing(everything).sum()) * example.nbytes
         full = lacking > shutil.disk_usage(maps.file.parent).free / 2
-        if summed(torch.tensor(float(full))):  # on any machine
+        if any(wished(full)) and not earlier:  # on any machine
             return f"computed in every step (its maps would take {gigabytes:.1f} GB, and the disk of --cache is too full)"
         mine = everything[LOCAL_RANK::LOCAL_PROCESSES]
         for some in in_steps("Trunk maps", mine[maps.missing(mine)], 32):
@@ -829,7 +857,7 @@ def predict(model: FineTuned, loader, layers=None) -> torch.Tensor:
     model.eval()
     steps = []
     for maps, _, count in loader:
-        if any(wished(STOPPING.is_set())):
+        if any(wished(bool(ASKED))):
             raise Stopped
         mine = (layers or model)(maps)
         steps.append(mine.new_zeros(count, mine.shape[1]))
@@ -875,25 +903,17 @@ def probe(model: FineTuned, loader, labels: torch.Tensor) -> tuple[float, float]
         return loss_and_accuracy(head(features), labels)
 
 
-class NotFinite(Exception):
-    """A loss that is infinite or no number. Its arguments: the step, counted from the first one made, and its losses (photos,)."""
-
-
 def train_epoch(model: nn.Module, loader, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, shares,
-                totals: torch.Tensor, after_step=lambda: None) -> None:
+                totals: torch.Tensor, after_step=lambda losses: None) -> None:
     """One pass over the training photos.
 
     Args:
         shares: of the learning rates, one a step.
         totals: float32 (2,), to which this adds the sum of the photos' losses and how many were recognised, as they were when the
             network met them (it learns meanwhile, so they lag behind what it can do at the end of the epoch).
-        after_step: is called after each step.
-
-    Raises:
-        NotFinite: on a GPU only at the end, since it would have to be waited for after each step.
+        after_step: is called after each step, with the loss of each of its photos.
     """
     model.train()
-    seen = []  # the losses of each step
     for (maps, labels, count), share in zip(loader, shares, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = share * group["initial_lr"]
@@ -903,14 +923,8 @@ def train_epoch(model: nn.Module, loader, optimizer: torch.optim.Optimizer, scal
         scaler.scale(losses.sum() / count * PROCESSES).backward()  # of several processes DDP takes the mean
         scaler.step(optimizer)
         scaler.update()
-        seen.append(losses.detach())
-        totals += torch.stack([seen[-1].sum(), (logits.argmax(1) == labels).sum()])
-        if totals.device.type == "cpu" and not totals.isfinite().all():
-            break
-        after_step()
-    for step, losses in enumerate(seen):
-        if not losses.isfinite().all():
-            raise NotFinite(step, losses)
+        totals += torch.stack([losses.detach().sum(), (logits.argmax(1) == labels).sum()])
+        after_step(losses.detach())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -973,29 +987,30 @@ RUN_FILES = ("config.json", "split.json", "history.csv", "last.pt", "best.pt", "
 def run_folder(args: argparse.Namespace):
     """The folder of a run, args.out: a new one, or that of --resume, with what a kill may have left cleaned away. Whatever ends
     the run, the message says how to go on; a run that could not begin leaves nothing behind."""
-    default = args.out is None
-    if RANK == 0:
-        args.out = claim_folder(args.out, RUN_FILES, args.resume is not None)
-    args.out = args.out or Path("runs")
-    command = f"{f'torchrun --nproc-per-node={LOCAL_PROCESSES}' if PROCESSES > 1 else 'python'} Q3.py --resume {quoted(str(args.out))}"
-    begun = args.resume is not None
+    resumed, default = args.resume is not None, args.out is None
+    args.out = on_first(claim_folder, args.out, RUN_FILES, resumed)
+    script = sys.argv[0] if __name__ == "__main__" else "Q3.py"
+    command = (f"{f'torchrun --nproc-per-node={LOCAL_PROCESSES}' if PROCESSES > 1 else 'python'} {quoted(script)} --resume "
+               f"{quoted(str(args.out))}")
     try:
-        yield
+        try:
+            yield
+        finally:
+            if args.no_cache:
+                shutil.rmtree(args.out / ".cache", ignore_errors=True)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"go on with: {command}") from None
-    except Diverged:
+    except (CannotGoOn, BrokenPipeError):
         raise
-    except InputError as error:
-        if begun or (args.out / "last.pt").exists():
+    except (InputError, OSError) as error:  # OSError: what is printed can't be written
+        if resumed or (args.out / "last.pt").exists():
             raise InputError(f"{error}. Then go on with: {command}") from None
-        for name in RUN_FILES if RANK == 0 else ():
-            (args.out / name).unlink(missing_ok=True)
-        if RANK == 0 and default:
-            args.out.rmdir()
-        raise
-    finally:
-        if args.no_cache:
-            shutil.rmtree(args.out / ".cache", ignore_errors=True)
+        with suppress(OSError):
+            for name in RUN_FILES if RANK == 0 else ():
+                (args.out / name).unlink(missing_ok=True)
+            if default and RANK == 0:
+                args.out.rmdir()
+        raise InputError(str(error)) from None
 
 
 def machine(device: torch.device, precision: torch.dtype) -> dict:
@@ -1031,9 +1046,10 @@ def on_cpu(value):
 
 
 def save_checkpoint(file: Path, checkpoint: dict) -> None:
+    checkpoint = on_cpu(checkpoint)
     try:
         with atomic_write(file) as stream:
-            torch.save(on_cpu(checkpoint), stream)
+            torch.save(checkpoint, stream)
     except RuntimeError as error:  # how torch reports that it could not write to the end
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
@@ -1041,7 +1057,7 @@ def save_checkpoint(file: Path, checkpoint: dict) -> None:
 
 
 CHECKPOINT = {"format": int, "architecture": str, "model": dict, "classes": list, "preprocessing": dict, "options": dict, "epoch": int,
-              "history": list, "step": int, "totals": torch.Tensor, "seconds": float, "checksums": torch.Tensor, "optimizer": dict,
+              "history": list, "step": int, "totals": torch.Tensor, "seconds": float, "checksums": dict, "optimizer": dict,
               "scaler": dict}  # what a checkpoint holds
 
 
@@ -1115,7 +1131,7 @@ def leave_out(damaged: dict[Path, str], photos: Photos, in_train: torch.Tensor, 
         print(f"Damaged     {len(damaged):,} photos left out, see {args.out / 'damaged.csv'}", flush=True)
 
 
-class Diverged(InputError):
+class CannotGoOn(InputError):
     """An error that --resume would meet again."""
 
 
@@ -1130,7 +1146,9 @@ class Training:
     def __init__(self, model: FineTuned, photos: Photos, in_train: torch.Tensor, in_val: torch.Tensor, args: argparse.Namespace,
                  config: dict):
         self.model, self.photos, self.args, self.config = model, photos, args, config
-        self.in_train, self.in_val, self.checksums = in_train, in_val, photos.checksums()
+        self.in_train, self.in_val = in_train, in_val
+        paths = [file.relative_to(args.data / "train").as_posix() for file in photos.files]
+        self.checksums = dict(zip(paths, photos.checksums(), strict=True))
         self.optimizer = build_optimizer(model, args.lr_head, args.lr_backbone)
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.precision == torch.float16)
         self.history: list[dict] = []  # a row for each finished epoch
@@ -1148,11 +1166,14 @@ class Training:
         return self.earlier + time.perf_counter() - self.start
 
     def save(self, *names: str) -> None:
-        """Write checkpoints of this moment; but if a loss was not finite, the last good ones stay."""
+        """Write checkpoints of this moment; but the last good ones stay if a number is not finite."""
         totals = summed(self.totals.clone())
+        numbers = [totals, *(value for value in self.model.parameters() if value.requires_grad)]
         self.saved = time.perf_counter()
-        if RANK > 0 or not totals.isfinite().all():
-            return
+        if torch.stack([value.isfinite().all() for value in numbers]).all():
+            on_first(self.write, totals, names)
+
+    def write(self, totals: torch.Tensor, names: tuple[str, ...]) -> None:
         checkpoint = {"format": CHECKPOINT_FORMAT, "architecture": "resnet50", "model": self.model.network.state_dict(),
                       **{key: self.config[key] for key in ("classes", "preprocessing", "options")},
                       "epoch": self.history[-1]["epoch"] if self.history else 0, "history": self.history, "step": self.step,
@@ -1163,8 +1184,7 @@ class Training:
 
     def save_epoch(self) -> None:
         self.save("last.pt", *["best.pt"] * (self.best is self.history[-1]))
-        if RANK == 0:
-            write_csv(self.args.out / "history.csv", self.history)
+        on_first(write_csv, self.args.out / "history.csv", self.history)
 
     def restore(self, checkpoint: dict) -> None:
         """Go on from a checkpoint, whose `model` the network has already.
@@ -1172,35 +1192,38 @@ class Training:
         Raises:
             InputError: it is of other photos, or damaged.
         """
-        args, ours, theirs = self.args, self.checksums.tolist(), checkpoint["checksums"].tolist()
-        changed = [file for file, before, now in zip(self.photos.files, theirs, ours) if before != now]
-        if changed or len(ours) != len(theirs):
-            named = f"{len(changed)} have other pixels, the first '{changed[0]}'" if changed else f"{len(ours)} instead of {len(theirs)}"
-            raise Diverged(f"--resume '{args.out}': the photos are not those that the run began with: {named}. Put them back, or start "
-                           "another run")
+        args, before = self.args, checkpoint["checksums"]
+        changed = sorted(path for path in {*before, *self.checksums} if before.get(path) != self.checksums.get(path))
+        if changed:
+            raise CannotGoOn(f"--resume '{args.out}': {len(changed)} of the photos are not those that the run began with (changed, new, "
+                             f"or damaged then or now), the first 'train/{changed[0]}': put them back, or start another run")
         with fitting(args.out / "last.pt"):
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             for parameter, state in self.optimizer.state.items():  # Adam needs them in the parameters' layout
                 state.update({name: torch.empty_like(parameter).copy_(value) for name, value in state.items() if value.dim()})
-            self.scaler.load_state_dict(checkpoint["scaler"])
+            if checkpoint["scaler"] and self.scaler.is_enabled():
+                self.scaler.load_state_dict(checkpoint["scaler"])
             self.totals.copy_(checkpoint["totals"] if RANK == 0 else self.totals)
             self.history, self.step, self.earlier = checkpoint["history"], checkpoint["step"], checkpoint["seconds"]
-            for number, row in enumerate(self.history, self.history[0]["epoch"] if self.history else 1):
-                if list(row) != HISTORY or row["epoch"] != number or not row_text(row):
+            for epoch, row in enumerate(self.history, self.history[0]["epoch"] if self.history else 1):
+                if list(row) != HISTORY or row["epoch"] != epoch or not row_text(row):
                     raise ValueError("its history is no table of epochs")
         if self.history and self.step == 0:  # a kill may have come between the files of an epoch
             self.save_epoch()
-        best = own_checkpoint(args.out / "best.pt", self.config) if self.history and RANK == 0 else None
-        if best and best["epoch"] != self.best["epoch"]:
-            raise InputError(f"'{args.out / 'best.pt'}' is not of epoch {self.best['epoch']}, the best so far: put that file back, or "
-                             "start another run")
+        if self.history:
+            on_first(self.check_best)
+
+    def check_best(self) -> None:
+        file = self.args.out / "best.pt"
+        if own_checkpoint(file, self.config)["epoch"] != self.best["epoch"]:
+            raise InputError(f"'{file}' is not of epoch {self.best['epoch']}, the best so far: put that file back, or start another run")
 
     def run(self) -> None:
         """Train. After each epoch write last.pt, history.csv and, if it is the best so far, best.pt; then print its row.
 
         Raises:
             InputError: a file can't be written, or the loss is no longer finite.
-            Stopped: after saving; only here, between two steps, when asked for by a signal.
+            Stopped: when a signal asked for it, after saving.
         """
         print("\nEpoch | Train Loss | Train Acc | Val Loss | Val Acc", flush=True)
         for row in self.history:
@@ -1231,28 +1254,38 @@ class Training:
                          places if tuned and args.freeze < 8 else None, self.step)  # behind layer4 nothing is left to crop
         shares = [rise_and_fall(len(steps) * (epoch - 1) + step, len(steps) * args.epochs) if tuned else 1.0
                   for step in range(self.step, len(steps))]
-        first = self.step
-        try:
-            train_epoch(learner, loader, self.optimizer, self.scaler, shares, self.totals, self.after_step)
-        except NotFinite as error:
-            step, losses = error.args
-            rates = " and ".join(f"{shares[step] * group['initial_lr']:.2g}" for group in self.optimizer.param_groups)
-            rows = [{"path": str(self.photos.files[index]), "loss": loss}
-                    for index, loss in zip(which[steps[first + step][RANK::PROCESSES]].tolist(), losses.tolist())]
-            write_csv(args.out / "not_finite.csv", rows)
-            photos = [row["path"] for row in rows if not math.isfinite(row["loss"])]
-            self.diverged(f"the loss of epoch {epoch}, step {first + step + 1}, is not a finite number, at learning rates {rates}, for "
-                          f"'{photos[0]}' and {len(photos) - 1} more of the {len(rows)} photos in {args.out / 'not_finite.csv'}: lower "
-                          "--lr-head and --lr-backbone, or")
-        return tuple(summed(self.totals.clone()).tolist())
+        first, seen = self.step, []  # the losses of each step's photos
 
-    def after_step(self) -> None:
-        self.step += 1
-        stop, save = wished(STOPPING.is_set(), time.perf_counter() - self.saved >= 60 * self.args.save_minutes)
-        if stop:
-            raise Stopped
-        if save:
-            self.save("last.pt")
+        def after_step(losses: torch.Tensor) -> None:
+            self.step += 1
+            seen.append(losses)
+            bad = losses.device.type == "cpu" and not losses.isfinite().all()  # a GPU would have to be waited for, in every step
+            stop, save, bad = wished(bool(ASKED), time.perf_counter() - self.saved >= 60 * args.save_minutes, bad)
+            if (stop or save or bad) and not summed(self.totals.clone()).isfinite().all():
+                self.not_finite(epoch, which, steps[first:], shares, seen)
+            if stop:
+                raise Stopped
+            if save:
+                self.save("last.pt")
+
+        train_epoch(learner, loader, self.optimizer, self.scaler, shares, self.totals, after_step)
+        totals = summed(self.totals.clone())
+        if not totals.isfinite().all():
+            self.not_finite(epoch, which, steps[first:], shares, seen)
+        return tuple(totals.tolist())
+
+    def not_finite(self, epoch: int, which: torch.Tensor, steps, shares: list[float], seen: list[torch.Tensor]) -> None:
+        """Raise an error that names step, learning rates and photos; the photos that this process has seen."""
+        for place, (step, share, losses) in enumerate(zip(steps, shares, seen), self.step - len(seen) + 1):
+            if not losses.isfinite().all():
+                files = [self.photos.files[index] for index in which[step[RANK::PROCESSES]].tolist()]
+                write_csv(self.args.out / "not_finite.csv", [{"path": str(file), "loss": loss} for file, loss in zip(files, losses.tolist())])
+                bad = [file for file, finite in zip(files, losses.isfinite().tolist()) if not finite]
+                rates = " and ".join(f"{share * group['initial_lr']:.2g}" for group in self.optimizer.param_groups)
+                self.diverged(f"the loss of epoch {epoch} is not a finite number in step {place}, at learning "
+                              f"rates {rates}, for '{bad[0]}' and {len(bad) - 1} more of the {len(files)} photos in "
+                              f"{self.args.out / 'not_finite.csv'}: lower --lr-head and --lr-backbone, or")
+        self.diverged(f"the loss of epoch {epoch} is not a finite number in another process: lower --lr-head and --lr-backbone, or")
 
     def finish_epoch(self, epoch: int, train_loss: float, train_acc: float) -> None:
         """Validate, write files, print."""
@@ -1270,12 +1303,12 @@ class Training:
         self.totals.zero_()
         self.save_epoch()
         print(row_text(row), flush=True)
-        if any(wished(STOPPING.is_set())):
+        if any(wished(bool(ASKED))):
             raise Stopped
 
     def diverged(self, words: str) -> None:
         kept = f". The run up to epoch {self.history[-1]['epoch']} is in '{self.args.out}'" if self.history else ""
-        raise Diverged(f"{words} try --amp off, in another run{kept}")
+        raise CannotGoOn(f"{words} try --amp off, in another run{kept}")
 
 
 HISTORY = ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr_head", "lr_backbone", "seconds", "images_per_second"]
@@ -1313,9 +1346,9 @@ def own_checkpoint(file: Path, config: dict) -> dict:
     """A checkpoint of the run that has this config.json, and of no other."""
     checkpoint = load_checkpoint(file)
     with fitting(file):
-        for name in ("options", "classes"):
-            if checkpoint[name] != config[name]:
-                raise InputError(f"'{file}' is of another run: its {name} are not those of config.json and the data")
+        other = [name for name in config["options"] if name not in (*CHANGEABLE, "out") and checkpoint["options"].get(name) != config["options"][name]]
+        if other or checkpoint["classes"] != config["classes"]:
+            raise InputError(f"'{file}' is of another run: {', '.join(other) or 'its classes'} differ from config.json and the data")
     return checkpoint
 
 
@@ -1326,11 +1359,11 @@ def print_resumed(before: dict, now: dict, checkpoint: dict | None) -> None:
         InputError: this version of the script prepares photos in another way.
     """
     if before.get("preprocessing") != now["preprocessing"]:
-        raise Diverged(f"the run prepares photos in another way than this version of Q3.py ({before.get('preprocessing')}, "
+        raise CannotGoOn(f"the run prepares photos in another way than this version of Q3.py ({before.get('preprocessing')}, "
                        f"{now['preprocessing']}): go on with the version that began it")
     print("Resumed     " + (f"after epoch {checkpoint['epoch']} and {checkpoint['step']} steps of the next" if checkpoint else
                             "from the start: nothing was learnt yet"))
-    for name in ("photos", "device", "device_name", "threads", "precision", "processes", "versions"):
+    for name in ("device", "device_name", "threads", "precision", "processes", "versions"):
         if before.get(name) != now[name]:
             print(f"Note        {name}: {now[name]}, was {before.get(name)}; figures may differ from an uninterrupted run's", flush=True)
 
@@ -1370,7 +1403,7 @@ def memory_advice(args: argparse.Namespace):
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error)):
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory|enough memory|ALLOC", str(error)):
             raise
         advice = f"try --batch-size {args.batch_size // 2}" if args.batch_size > 1 else "try a smaller --image-size"
         raise InputError(f"out of memory with --batch-size {args.batch_size} and --image-size {args.image_size} "
@@ -1386,9 +1419,8 @@ def main(args: argparse.Namespace) -> None:
         download(args.data)
 
     # Photos and split: which file is in which part, with which label.
-    if args.resume and (args.resume / "split.json").exists():
-        args.split = args.resume / "split.json"
-    manifest, parts, files = load_split(args)
+    own_split = args.resume / "split.json" if args.resume else None
+    manifest, parts, files = load_split(args, own_split if own_split and own_split.exists() else args.split)
     classes, count = manifest["classes"], len(parts["train"])
     if PROCESSES > (smallest := count // math.ceil(count / args.batch_size)):
         raise InputError(f"{PROCESSES} processes can't share steps of {smallest} photos: raise --batch-size")
@@ -1405,12 +1437,13 @@ def main(args: argparse.Namespace) -> None:
     torch.backends.cudnn.deterministic = True  # the same seed, the same run
     torch.manual_seed(args.seed)  # for the first weights of fc
     earlier, checkpoint = load_run(args.resume, classes) if args.resume else ({}, None)
-    with first_on_this_machine():
+    with memory_advice(args), first_on_this_machine():
         network = build_network("none" if checkpoint else args.weights, len(classes)).to(device, memory_format=layout(device))
     if checkpoint:
         with fitting(args.resume / "last.pt"):
             network.load_state_dict(checkpoint["model"])
-    model = FineTuned(network, args.freeze, precision, holds_batchnorm(args))
+    with memory_advice(args):
+        model = FineTuned(network, args.freeze, precision, holds_batchnorm(args))
     if synchronise:
         nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
 
@@ -1418,7 +1451,8 @@ def main(args: argparse.Namespace) -> None:
         # What is going to happen, on the screen and in the run's folder.
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
         args.workers = args.workers or len(cores)
-        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+                   if name not in ("resume", "download")}
         config = {"options": options, "classes": classes, "photos": {part: len(pairs) for part, pairs in parts.items()},
                   "preprocessing": {"image_size": args.image_size, "border": border_left_out(args), "interpolation": "bilinear",
                                     "mean": list(MEAN), "std": list(STD)},
@@ -1428,11 +1462,9 @@ def main(args: argparse.Namespace) -> None:
         print_banner(config)
         if args.resume:
             print_resumed(earlier, config, checkpoint)
-            config["options"] = earlier["options"]
-        elif RANK == 0:
-            write_json(args.out / "config.json", config)  # from here on the folder holds a run, which can be resumed
+        on_first(write_json, args.out / "config.json", earlier | config)  # from here on the folder holds a run, which can be resumed
+        on_first(write_manifest, manifest, args.out / "split.json")
         if RANK == 0:
-            write_manifest(manifest, args.out / "split.json")
             print_same_photos({part: parts[part] for part in ("train", "val")}, args.data, args.out)
 
         # Pixels, and the trunk's maps of them.
@@ -1442,19 +1474,16 @@ def main(args: argparse.Namespace) -> None:
         in_val = torch.tensor([file in held_out for file in photos.files])
         in_train, in_val = (~in_val).nonzero().flatten(), in_val.nonzero().flatten()
         leave_out(damaged, photos, in_train, in_val, args, classes)
-        config["trunk"] = photos.keep(args.freeze, args.cache_gb)
+        config["photos"] |= {"train": len(in_train), "val": len(in_val)}
+        config["trunk"] = photos.keep(args.freeze, args.cache_gb, str(earlier.get("trunk", "")))
         print(f"Trunk       {config['trunk']}", flush=True)
-        once, was_once = (trunk.startswith("computed once") for trunk in (config["trunk"], earlier.get("trunk", config["trunk"])))
-        if once != was_once:
-            raise Diverged(f"--resume '{args.out}': its trunk was {earlier['trunk']}, and crops differ. Make room on the disk, or give "
-                           "--cache-gb as then")
-        if RANK == 0:
-            write_json(args.out / "config.json", earlier | config)
+        on_first(write_json, args.out / "config.json", config)
 
         # Epochs, then the test of the best one.
         training = Training(model, photos, in_train, in_val, args, config)
         if checkpoint:
             training.restore(checkpoint)
+            del checkpoint  # its tensors are the network's and the optimiser's now
         training.run()
         if changed := changed_files(facts):
             print(f"Note        {len(changed):,} photos have changed since they were read, the first '{changed[0]}'; the run learnt from "
@@ -1466,5 +1495,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    with exit_codes():
+    with exit_codes(unsaid=KeyboardInterrupt if RANK else ()):
         main(args)

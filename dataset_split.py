@@ -15,6 +15,7 @@ training and validation when the fraction changes.
 import argparse
 import csv
 import difflib
+import errno
 import hashlib
 import http.client
 import io
@@ -57,10 +58,7 @@ def find_data(folder: str | os.PathLike) -> Path:
     Raises:
         InputError: there is no such folder, or no train/ in it.
     """
-    folder = Path(folder)
-    if not os.path.exists(folder):
-        namesakes = (other for other in folder.parent.glob("*") if other.name.lower() == folder.name.lower())
-        folder = next(namesakes, folder)
+    folder = _in_any_capitals(Path(folder))
     if not os.path.isdir(folder):
         raise InputError(f"no data folder '{folder}' (looked in {Path.cwd()}): python Q3.py --download fetches iNaturalist-12K "
                          f"(3.8 GB, {ARCHIVE}), --data names a folder of your own")
@@ -68,6 +66,11 @@ def find_data(folder: str | os.PathLike) -> Path:
         raise InputError(f"no train/ in the data folder '{folder}': --data names the folder that holds train/ and val/, "
                          "with the photos in train/<Class>/")
     return folder
+
+
+def _in_any_capitals(folder: Path) -> Path:
+    namesakes = (other for other in folder.parent.glob("*") if other.name.lower() == folder.name.lower())
+    return folder if os.path.exists(folder) else next(namesakes, folder)
 
 
 def list_photos(folder: Path) -> dict[str, list[str]]:
@@ -187,7 +190,7 @@ def labelled(root: Path, paths: list[str], classes: list[str]) -> list[tuple[Pat
     return [(root / path, index[path.split("/", 1)[0]]) for path in paths]
 
 
-def load_split(args: argparse.Namespace) -> tuple[dict, dict[str, list[tuple[Path, int]]], list[Path]]:
+def load_split(args: argparse.Namespace, manifest_file: Path | None) -> tuple[dict, dict[str, list[tuple[Path, int]]], list[Path]]:
     """The manifest; the (file, label) pairs of "train", "val" and "test"; and all files of train/, used or not. No
     photo is opened.
 
@@ -203,8 +206,8 @@ def load_split(args: argparse.Namespace) -> tuple[dict, dict[str, list[tuple[Pat
     if test_photos.keys() != photos.keys():
         raise InputError(f"'{data / 'train'}' and '{data / 'val'}' have different classes: "
                          f"{differences(photos, test_photos, 'train', 'val')}")
-    if args.split:
-        manifest = read_manifest(args.split, photos)
+    if manifest_file:
+        manifest = read_manifest(manifest_file, photos)
         args.fraction, args.val_fraction = manifest["fraction"], manifest["val_fraction"]
     else:
         manifest = split(photos, args.fraction, args.val_fraction, args.seed)
@@ -216,13 +219,14 @@ def load_split(args: argparse.Namespace) -> tuple[dict, dict[str, list[tuple[Pat
 
 
 def same_photos(files: list[Path]) -> list[tuple[Path, Path]]:
-    """Files that hold the same bytes, each with the first of its kind. Only those of the same size are read."""
+    """Files that hold the same bytes, each with the first of its kind. Only those of the same size are read; empty ones are not."""
     by_size, firsts, pairs = defaultdict(list), {}, []
     for file in files:
         with suppress(OSError):  # who reads the photo will say so
-            by_size[os.stat(file).st_size].append(file)
-    for alike in by_size.values():
-        for file in alike if len(alike) > 1 else ():
+            status = os.stat(file)
+            by_size[status.st_size * stat.S_ISREG(status.st_mode)].append(file)
+    for size, alike in by_size.items():
+        for file in alike if size and len(alike) > 1 else ():
             with suppress(OSError):
                 first = firsts.setdefault(hashlib.sha256(file.read_bytes()).digest(), file)
                 if first != file:
@@ -302,7 +306,7 @@ def claim_folder(out: Path | None, names: tuple[str, ...], resume: bool = False)
         if not resume and any((out / name).exists() for name in names):
             raise InputError(f"--out '{out}' already holds a run: give another folder, move that one away, or go on with it: "
                              f"python Q3.py --resume {quoted(str(out))}")
-        for left in (left for name in names for left in out.glob(f"{name}.*.tmp")):
+        for left in (left for name in names for left in out.glob(f"{name}.[0-9]*.tmp")):
             left.unlink()
         tempfile.TemporaryFile(dir=out).close()
         return out
@@ -379,6 +383,8 @@ def read_manifest(file: str | os.PathLike, photos: dict[str, list[str]]) -> dict
     if not all(isinstance(name, str) for name in manifest["classes"] + named):
         raise InputError(f"split '{file}' is not a manifest: its lists hold something else than names")
 
+    if not (0 < manifest["fraction"] <= 1 and 0 < manifest["val_fraction"] < 1 and 0 <= manifest["seed"] < 2**32):
+        raise InputError(f"split '{file}' is not a manifest: its fraction, val_fraction or seed is out of range")
     if manifest["classes"] != sorted(photos):
         raise InputError(f"split '{file}' and the data have different classes: "
                          f"{differences(manifest['classes'], photos, 'the split', 'the data')}. Was it made from other "
@@ -466,6 +472,7 @@ def download(folder: Path, url: str = ARCHIVE) -> None:
     Raises:
         InputError: no network, no room, an archive that is damaged or isn't to be trusted, or a `folder` in use.
     """
+    folder = _in_any_capitals(Path(os.path.abspath(folder)))
     if os.path.isdir(folder / "train") and os.path.isdir(folder / "val"):
         return print(f"'{folder}' is there already, nothing to download")
     part, aside = folder.with_name(f"{Path(url).name}.part"), folder.with_name(f".{folder.name}.unpacking")
@@ -508,7 +515,9 @@ def fetch(url: str, part: Path, patience: int = 5) -> None:
                     part.unlink()
                 problem = f"was answered with {error.code} {error.reason}"
                 failures += patience * (400 <= error.code < 500 and error.code not in (408, 416, 429))
-            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            except (OSError, http.client.HTTPException) as error:
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):  # of the disk
+                    raise
                 problem = f"failed ({getattr(error, 'reason', None) or error or type(error).__name__})"
             failures = 0 if part.exists() and os.path.getsize(part) > have else failures + 1
             if failures >= patience:
@@ -576,10 +585,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         args, unknown = self.parse_known_args(args, namespace)
-        for word in unknown[:1]:
-            name = "--" + word.lstrip("-").split("=")[0]
+        if unknown:
+            name = "--" + unknown[0].lstrip("-").split("=")[0]
             meant = difflib.get_close_matches(name, self._option_string_actions, 1)
-            self.error(f"no option {word!r}" + (f": did you mean {meant[0]}?" if meant else ""))
+            self.error(f"no option {unknown[0]!r}" + (f": did you mean {meant[0]}?" if meant else ""))
         return args
 
     def error(self, message):
@@ -662,8 +671,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @contextmanager
-def exit_codes(speaks: bool = True):
-    """Leave with exit code 2 after unusable input, with one line on stderr if this process `speaks`; with 130 if interrupted."""
+def exit_codes(unsaid=()):
+    """Leave with exit code 2 after unusable input and 130 after an interruption, with one line on stderr.
+
+    Args:
+        unsaid: kinds of exceptions that another process speaks about.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name that the terminal can't show is no reason to lose a run
             stream.reconfigure(errors="backslashreplace")
@@ -672,7 +685,7 @@ def exit_codes(speaks: bool = True):
     except (InputError, KeyboardInterrupt) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         words = ": ".join(["interrupted"] * interrupted + [str(error)] * bool(str(error)))
-        if speaks:
+        if not isinstance(error, unsaid):
             print(f"{Path(sys.argv[0]).name}: {words}".replace("\n", "\\n"), file=sys.stderr)
         sys.exit(130 if interrupted else 2)
     except BrokenPipeError:  # head, or a pager that was left

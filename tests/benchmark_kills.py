@@ -47,7 +47,7 @@ def result(out: Path) -> dict:
     for name in ("best.pt", "last.pt"):
         found[name] = Q3.torch.load(out / name, weights_only=True)
         found[name]["history"] = list(map(without_timings, found[name]["history"]))
-        for option in ("data", "cache", "out"):
+        for option in ("data", "cache", "out", "workers"):
             del found[name]["options"][option]
         found[name].pop("seconds")
     return found

@@ -79,7 +79,7 @@ def one_pass(model, frozen, items, device, optimizer=None, workers=0) -> tuple[f
 
 
 def plain_loop(args: argparse.Namespace) -> None:
-    _, parts, _ = Q3.load_split(args)
+    _, parts, _ = Q3.load_split(args, None)
     device = Q3.pick_device("auto")
     torch.manual_seed(args.seed)
     model = Q3.build_network(args.weights, len({label for _, label in parts["train"]})).to(device)
@@ -168,11 +168,11 @@ def training_step(args, device: torch.device, precision: torch.dtype) -> tuple[f
     labels, seconds = torch.randint(0, 10, (64,), device=device), []
     optimizer, scaler = Q3.build_optimizer(model, 1e-3, 1e-4), torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     with FlopCounterMode(display=False) as counter:
-        Q3.train_epoch(model, [(maps, labels, 64)], optimizer, scaler, [1.0])
+        Q3.train_epoch(model, [(maps, labels, 64)], optimizer, scaler, [1.0], torch.zeros(2, device=device))
     steps = 10 if device.type == "cpu" else 200
     for _ in range(4):
         start = time.perf_counter()
-        Q3.train_epoch(model, [(maps, labels, 64)] * steps, optimizer, scaler, [1.0] * steps)
+        Q3.train_epoch(model, [(maps, labels, 64)] * steps, optimizer, scaler, [1.0] * steps, torch.zeros(2, device=device))
         seconds.append(time.perf_counter() - start)
     return steps * 64 / statistics.median(seconds[1:]), counter.get_total_flops() / 64 / 1e9
 

@@ -304,7 +304,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(quick_run
     rows, spoilt_photo = read_csv(Path("out/not_finite.csv")), str(shared_data / "train" / paths[order[8 + 3]])
     assert [row["path"] for row in rows] == [str(shared_data / "train" / paths[index]) for index in order[8:16]]
     assert [row["path"] for row in rows if row["loss"] == "nan"] == [spoilt_photo]
-    for part in ("epoch 2, step 2,", f"'{spoilt_photo}' and 0 more of the 8", "learning rates 6.8e-05 and 6.8e-06", "lower --lr-head",
+    for part in ("the loss of epoch 2 is not a finite number in step 2,", f"'{spoilt_photo}' and 0 more of the 8", "learning rates 6.8e-05 and 6.8e-06", "lower --lr-head",
                  "up to epoch 1", "'out'"):
         assert part in line
     assert "--resume" not in line, "it would meet the same loss again"
@@ -1171,7 +1171,13 @@ def left_alone(shared_data, small_weights, tmp_path_factory):
 def test_interrupted_run_goes_on_as_if_nothing_had_been(small_network, shared_data, left_alone, monkeypatch, capsys, recipe, name, call_number, number, reached):
     with monkeypatch.context() as patch:
         if name == "step":
-            interrupt(patch, "after_step", call_number, [number], owner=Q3.Training)
+            def train_epoch(*args, train_epoch=Q3.train_epoch, calls=iter(range(1, 99))):
+                def after_step(losses):
+                    if next(calls) == call_number:
+                        os.kill(os.getpid(), number)
+                    args[-1](losses)
+                train_epoch(*args[:-1], after_step)
+            patch.setattr(Q3, "train_epoch", train_epoch)
         elif name in ("features of", "validation"):
             def batches(photos, which, size, title, *rest, batches=Q3.batches, calls=iter(range(1, 99))):
                 if title.startswith(name) and next(calls) == call_number:
@@ -1222,7 +1228,7 @@ def test_sigterm_as_a_scheduler_sends_it(shared_data, weights, tmp_path):
     wait_for_row(running, 1)
     running.terminate()
     _, errors = running.communicate(timeout=60)
-    assert running.returncode == 130 and "stopping after this step" in errors and errors.endswith("go on with: python Q3.py --resume 'a run'\n")
+    assert running.returncode == 130 and "stopping after this step" in errors and errors.endswith(f"go on with: python {ROOT / 'Q3.py'} --resume 'a run'\n")
     assert load(tmp_path / "a run" / "last.pt")["epoch"] >= 1
 
 
@@ -1233,7 +1239,9 @@ def test_two_processes_are_interrupted_and_go_on_together(shared_data, weights, 
     wait_for_row(running, 1)
     os.killpg(running.pid, signal.SIGINT)
     _, errors = running.communicate(timeout=60)
-    assert "go on with: torchrun --nproc-per-node=2 Q3.py --resume out" in errors
+    assert f"go on with: torchrun --nproc-per-node=2 {ROOT / 'Q3.py'} --resume out" in errors
+    assert load(tmp_path / "out" / "last.pt")["epoch"] >= 1
+    shutil.copy(tmp_path / "out" / "best.pt", tmp_path / "out" / "last.pt")  # the end of an epoch, where all files are written again
     reached = load(tmp_path / "out" / "last.pt")
     again = typed_run(tmp_path, *run_two, "--resume", "out")
     wait_for_row(again, reached["epoch"] + 1)
@@ -1300,20 +1308,20 @@ def changed(file: Path, **values) -> None:
 
 
 @pytest.mark.parametrize("spoil, part", [
-    (lambda data, out: draw_photo(data / "train/Aves/03.jpg", (0, 0, 0), 77), "1 have other pixels, the first '{data}/train/Aves/03.jpg'"),
+    (lambda data, out: draw_photo(data / "train/Aves/03.jpg", (0, 0, 0), 77), "1 of the photos are not those that the run began with (changed, new, or damaged then or now), the first 'train/Aves/03.jpg'"),
     (lambda data, out: (data / "train/Aves/03.jpg").unlink(), "'Aves/03.jpg'"),
     (lambda data, out: shutil.rmtree(data / "val/Aves"), "only train has 'Aves'"),
     (lambda data, out: shutil.rmtree(out), "no run there to go on with"),
     (lambda data, out: (out / "config.json").unlink(), "no run there to go on with"),
     (lambda data, out: (out / "config.json").write_text("{}"), "is not the JSON"),
     (lambda data, out: (out / "config.json").write_text('{"options": {"epochs": "many"}}'), "--epochs"),
-    (lambda data, out: (out / "config.json").write_text('{"options": {"speed": 9}}'), "no option '--speed"),
+    (lambda data, out: (out / "config.json").write_text('{"options": {"speed": 9}}'), "no option 'speed'"),
     (lambda data, out: (out / "split.json").write_text("{}"), "not a manifest"),
     (lambda data, out: (out / "last.pt").unlink(), "last.pt' is missing"),
     (lambda data, out: (out / "best.pt").unlink(), "best.pt' can't be read"),
     (lambda data, out: changed(out / "best.pt", epoch=7), "is not of epoch 1, the best so far"),
-    (lambda data, out: other_run(out), "last.pt' is of another run: its options"),
-    (lambda data, out: changed(out / "best.pt", classes=["cat", "dog"]), "best.pt' is of another run: its classes"),
+    (lambda data, out: other_run(out), "last.pt' is of another run: seed differ"),
+    (lambda data, out: changed(out / "best.pt", classes=["cat", "dog"]), "best.pt' is of another run: its classes differ"),
     (lambda data, out: changed(out / "last.pt", format=2), "has checkpoint format 2, this version of Q3.py reads 3"),
     (lambda data, out: changed(out / "last.pt", optimizer={}), "last.pt' is of another run or damaged"),
     (lambda data, out: changed(out / "last.pt", model={}), "last.pt' is of another run or damaged"),
@@ -1356,9 +1364,18 @@ def test_other_machine_is_noted(quick_run, capsys):
     assert f"threads: {torch.get_num_threads()}, was 99" in capsys.readouterr().out
 
 
-def test_crops_come_from_where_they_came_from(quick_run, refused):
-    out = quick_run("out")
-    assert "--cache-gb as then" in refused("Q3.py", "--resume", out, "--cache-gb", 0)
+@pytest.mark.parametrize("began, goes_on", [(10, 0), (0, 10)])
+def test_crops_come_from_where_they_came_from(small_network, shared_data, monkeypatch, began, goes_on):
+    """Whatever room there is for maps by then."""
+    assert call("Q3.py", "--data", shared_data, *QUICK, *BEGIN, "--cache-gb", began, "--out", "alone") == 0
+    with monkeypatch.context() as patch:
+        interrupt(patch, "train_epoch", 2)
+        assert call("Q3.py", "--data", shared_data, *QUICK, *BEGIN, "--cache-gb", began, "--out", "out") == 130
+    assert call("Q3.py", "--resume", "out", "--cache-gb", goes_on, "--cache", "other") == 0
+    one, two = (finished(Path(name)) for name in ("alone", "out"))
+    for name in ("best.pt", "last.pt"):
+        del one[name]["options"]["cache_gb"], two[name]["options"]["cache_gb"]
+    assert benchmark_kills.equal(one, two)
 
 
 # -- files that are whole ---------------------------------------------------------------------------------------------
