@@ -87,7 +87,7 @@ def one_trial(start, out: Path, seconds: float, while_writing: bool, chance: ran
     status = None
     while status != 0:
         words = ["--resume", out] if (out / "config.json").exists() else ["--out", out]  # killed before that, it was no run yet
-        process = start(words)
+        process, begun = start(words), time.monotonic()
         if kills == 0 or kills < 4 and chance.random() < 1 / 3:
             if while_writing:
                 writing += kill_while_writing(process, out, chance)
@@ -97,7 +97,7 @@ def one_trial(start, out: Path, seconds: float, while_writing: bool, chance: ran
             kills += status != 0
             if status == 0 and kills == 0:  # it was faster
                 shutil.rmtree(out)
-                status = None
+                status, seconds = None, time.monotonic() - begun
         elif status := process.wait():
             raise SystemExit(f"a resumed run ended with exit code {status}, see {out}")
     if list(out.glob("*.tmp")):
@@ -162,7 +162,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = get_args_parser().parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
-    begin = ["--data", args.data, "--weights", args.weights, "--fraction", 0.1, "--image-size", 64, "--epochs", 2, "--save-minutes", 0,
+    begin = ["--data", args.data, "--weights", args.weights, "--fraction", 0.1, "--image-size", 64, "--epochs", 2, "--save-minutes", 0.01,
              "--cache", folder / "cache", *args.flags]
 
     def start(words):
