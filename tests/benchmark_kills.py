@@ -4,7 +4,7 @@
     python tests/benchmark_kills.py --data inaturalist_12k --weights resnet50.pth --kills 100
 
 starts that many runs on a tenth of the photos at 64 x 64 pixels, each in a process of its own (from a server that has loaded torch
-already), which gets SIGKILL at a random moment; every fifth time while it writes a file. A third of the resumed runs are killed
+already), which gets SIGKILL at a random moment; every fourth time while it writes a checkpoint. A third of the resumed runs are killed
 again. A trial fails unless `--resume` then ends with the same bits: history.csv (timings aside), test.json, predictions.csv, and
 every tensor and value of best.pt and last.pt.
 """
@@ -61,17 +61,17 @@ def kill_after(process, seconds: float) -> None:
 
 
 def kill_while_writing(process, out: Path, chance: random.Random) -> bool:
-    """Kill it while it writes a file, whichever comes next after a random number of others. Whether that was met."""
-    passed, seen = chance.randrange(12), set()
+    """Kill it while it writes a checkpoint, whichever comes next after a random number of others. Whether that was met."""
+    passed, seen = chance.randrange(6), set()
     while process.poll() is None:
         time.sleep(0.001)
         with os.scandir(out) if out.exists() else contextlib.nullcontext([]) as entries:
-            aside = {(entry.name, entry.inode()) for entry in entries if entry.name.endswith(".tmp")}
+            aside = {(entry.name, entry.inode()) for entry in entries if ".pt." in entry.name}
         if aside - seen and len(seen) >= passed:
-            time.sleep(chance.uniform(0, 0.05))
+            time.sleep(chance.uniform(0, 0.02))
             process.kill()
             process.wait()
-            return any(out.glob("*.tmp"))
+            return any(out.glob("*.pt.*.tmp"))
         seen |= aside
     return False
 
@@ -105,7 +105,7 @@ def one_trial(start, out: Path, seconds: float, while_writing: bool, chance: ran
     return kills, writing
 
 
-def trials(start, folder: Path, count: int, seed: int, every_writing: int = 5) -> str:
+def trials(start, folder: Path, count: int, seed: int, every_writing: int = 4) -> str:
     """Kill and resume so many runs; says what was found, or ends the program where something differs."""
     chance, kills, writing = random.Random(seed), 0, 0
     for name in ("first", "alone"):  # two, since the first has more to load, and since they should be equal as well
@@ -121,8 +121,8 @@ def trials(start, folder: Path, count: int, seed: int, every_writing: int = 5) -
         if different:
             raise SystemExit(f"{out}: {', '.join(different)} differ from the run that was left alone")
         shutil.rmtree(out)
-        print(f"{out.name}: killed {killed} times, {met} of them while writing a file; identical", flush=True)
-    return f"{count} runs were killed {kills} times, {writing} of them while writing a file; {count} ended with the bits of the run left alone"
+        print(f"{out.name}: killed {killed} times, {met} of them while writing a checkpoint; identical", flush=True)
+    return f"{count} runs were killed {kills} times, {writing} of them while writing a checkpoint; {count} ended with the bits of the run left alone"
 
 
 class Forked:
