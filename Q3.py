@@ -10,7 +10,8 @@ The script reads from top to bottom in the order in which a run happens:
 The first six children of the network (conv1 to layer2) stay as ImageNet left them, its last layer is replaced by one
 for ten classes and learns fast, and the layers between learn slowly. The best epoch on the validation photos is tested
 once. Which photos there are, and which is in which part, is dataset_split.py's business; a list of (file, label) is
-all that comes from there. On several GPUs: torchrun --nproc-per-node=N Q3.py
+all that comes from there. A run that was interrupted goes on with --resume, and ends as if nothing had been.
+On several GPUs: torchrun --nproc-per-node=N Q3.py
 """
 
 import argparse
@@ -126,6 +127,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                 parser.error(f"--{name.replace('_', '-')} {typed[name]}: the run in '{typed['resume']}' has {own[name]}, and can only "
                              "go on as it began. For another result start another run")
         typed = own | typed | {"out": typed["resume"]}
+        if not os.path.isdir(typed["data"]):
+            parser.error(f"--resume '{typed['resume']}': its photos are in '{typed['data']}', which is not there, seen from {Path.cwd()}: "
+                         "go to the folder where the run was begun, or say with --data where they are now")
     args = argparse.Namespace(**(defaults | typed))
     if args.download and "WORLD_SIZE" in os.environ:
         parser.error("--download: fetch the photos with a single process first")
@@ -148,15 +152,15 @@ def run_options(folder: Path) -> dict:
         InputError: there is no run in this folder, or its file is damaged.
     """
     parser, words = get_args_parser(), []
-    known = vars(parser.parse_args([]))
+    known, options = vars(parser.parse_args([])), read_config(folder)["options"]
     try:
-        for name, value in read_config(folder)["options"].items():
+        for name, value in options.items():
             if name not in known:
                 raise InputError(f"no option {name!r}")
             if value is not None and value is not False:
                 words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
         return vars(parser.parse_args(words))
-    except (InputError, AttributeError) as error:
+    except InputError as error:
         raise InputError(f"--resume '{folder}': its config.json is damaged or of another version ({first_line(error)})") from None
 
 
@@ -579,10 +583,11 @@ def initial_state(spec: str) -> dict[str, torch.Tensor] | None:
     if not os.path.isfile(spec):
         names = ", ".join(member.name for member in ResNet50_Weights)
         raise InputError(f"--weights '{spec}' is no file, nor one of {names}, none")
-    return load_tensors(Path(spec), f"--weights '{spec}'", "a state dict, as torch.save(model.state_dict(), PATH) writes it")
+    return load_tensors(Path(spec), f"--weights '{spec}'", "a state dict, as torch.save(model.state_dict(), PATH) writes it",
+                        "fetch or save it again")
 
 
-def load_tensors(file: Path, name: str, expected: str):
+def load_tensors(file: Path, name: str, expected: str, advice: str):
     """What torch.save wrote into a file, if that is tensors and plain values. No code in it is run.
 
     Raises:
@@ -591,7 +596,7 @@ def load_tensors(file: Path, name: str, expected: str):
     try:
         with open(file, "rb") as stream:
             if zipfile.is_zipfile(stream) and (part := zipfile.ZipFile(stream).testzip()):  # torch doesn't check
-                raise InputError(f"{name} is damaged (in its part {part!r}): fetch or save it again")
+                raise InputError(f"{name} is damaged (in its part {part!r}): {advice}")
             stream.seek(0)
             return torch.load(stream, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -603,7 +608,7 @@ def load_tensors(file: Path, name: str, expected: str):
         if code:
             raise InputError(f"{name} holds code ({code[1]}), not only tensors and plain values: it was refused and "
                              f"nothing of it was run. Expected: {expected}") from None
-        raise InputError(f"{name} is not {expected}, or a damaged one: fetch or save it again") from None
+        raise InputError(f"{name} is not {expected}, or a damaged one: {advice}") from None
 
 
 def build_network(spec: str, classes: int) -> nn.Module:
@@ -1053,7 +1058,7 @@ def save_checkpoint(file: Path, checkpoint: dict) -> None:
     except RuntimeError as error:  # how torch reports that it could not write to the end
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
-        raise InputError(f"'{file}' can't be written ({first_line(error)}): is the disk full? Make room") from None
+        raise InputError(f"'{file}' can't be written to its end: is the disk full? Make room") from None
 
 
 CHECKPOINT = {"format": int, "architecture": str, "model": dict, "classes": list, "preprocessing": dict, "options": dict, "epoch": int,
@@ -1067,7 +1072,7 @@ def load_checkpoint(file: Path) -> dict:
     Raises:
         InputError: it can't be read, is damaged, or is something else.
     """
-    checkpoint = load_tensors(file, f"'{file}'", "a checkpoint of Q3.py")
+    checkpoint = load_tensors(file, f"'{file}'", "a checkpoint of Q3.py", "put a whole copy back, or start another run")
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         tensors = isinstance(checkpoint, dict) and checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values())
         found = "a state dict, which --weights takes" if tensors else f"a {type(checkpoint).__name__}"
@@ -1215,8 +1220,12 @@ class Training:
 
     def check_best(self) -> None:
         file = self.args.out / "best.pt"
-        if own_checkpoint(file, self.config)["epoch"] != self.best["epoch"]:
-            raise InputError(f"'{file}' is not of epoch {self.best['epoch']}, the best so far: put that file back, or start another run")
+        try:
+            found = own_checkpoint(file, self.config)["epoch"]
+        except InputError as error:
+            raise CannotGoOn(f"{error}. It held the best epoch so far: put it back, or start another run") from None
+        if found != self.best["epoch"]:
+            raise CannotGoOn(f"'{file}' is not of epoch {self.best['epoch']}, the best so far: put that file back, or start another run")
 
     def run(self) -> None:
         """Train. After each epoch write last.pt, history.csv and, if it is the best so far, best.pt; then print its row.
@@ -1348,7 +1357,7 @@ def own_checkpoint(file: Path, config: dict) -> dict:
     with fitting(file):
         other = [name for name in config["options"] if name not in (*CHANGEABLE, "out") and checkpoint["options"].get(name) != config["options"][name]]
         if other or checkpoint["classes"] != config["classes"]:
-            raise InputError(f"'{file}' is of another run: {', '.join(other) or 'its classes'} differ from config.json and the data")
+            raise InputError(f"'{file}' and config.json are of different runs: they differ in {', '.join(other) or 'the classes'}")
     return checkpoint
 
 
@@ -1360,9 +1369,14 @@ def print_resumed(before: dict, now: dict, checkpoint: dict | None) -> None:
     """
     if before.get("preprocessing") != now["preprocessing"]:
         raise CannotGoOn(f"the run prepares photos in another way than this version of Q3.py ({before.get('preprocessing')}, "
-                       f"{now['preprocessing']}): go on with the version that began it")
-    print("Resumed     " + (f"after epoch {checkpoint['epoch']} and {checkpoint['step']} steps of the next" if checkpoint else
-                            "from the start: nothing was learnt yet"))
+                         f"{now['preprocessing']}): go on with the version that began it")
+    left = checkpoint is None or checkpoint["epoch"] < now["options"]["epochs"]
+    print("Resumed     " + (f"after epoch {checkpoint['epoch']} and {checkpoint['step']} steps of the next" if left and checkpoint else
+                            "from the start: nothing was learnt yet" if left else "at the end: only the test is left, or made again"))
+    with fitting(Path(now["options"]["out"], "config.json")):
+        other_test = before["photos"]["test"] != now["photos"]["test"]
+    if other_test:
+        print(f"Note        {now['photos']['test']:,} test photos, other than when the run began: this is another test")
     for name in ("device", "device_name", "threads", "precision", "processes", "versions"):
         if before.get(name) != now[name]:
             print(f"Note        {name}: {now[name]}, was {before.get(name)}; figures may differ from an uninterrupted run's", flush=True)

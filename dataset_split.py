@@ -10,6 +10,9 @@ How a photo finds its place: the photos of a class are put in the order of a has
 `fraction` of that order is used, and every fifth position or so (for a `val-fraction` of 0.2) is validation. A photo's
 place depends on nothing else, so a smaller subset is always inside a larger one, and no photo ever moves between
 training and validation when the fraction changes.
+
+The module also holds what else Q3.py does with files: the folder of a run, files that are never half written, photos that
+are there twice, and the download of the public data set.
 """
 
 import argparse
@@ -391,8 +394,8 @@ def read_manifest(file: str | os.PathLike, photos: dict[str, list[str]]) -> dict
                          "data? --data names the folder")
     missing = sorted(set(named).difference(*photos.values()))
     if missing:
-        raise InputError(f"split '{file}' names {len(missing)} photos that are not there, the first {missing[0]!r}. "
-                         "Was it made from other data? --data names the folder")
+        raise InputError(f"split '{file}' names photos that are not there ({len(missing)}), the first {missing[0]!r}: put them back. "
+                         "Or was it made from other data? --data names the folder")
     repeated = [path for path, times in Counter(named).items() if times > 1]
     if repeated:
         raise InputError(f"split '{file}' names {len(repeated)} photos more than once, the first {repeated[0]!r}")
@@ -497,8 +500,9 @@ def download(folder: Path, url: str = ARCHIVE) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def fetch(url: str, part: Path, patience: int = 5) -> None:
+def fetch(url: str, part: Path, patience: int = 4) -> None:
     """Make `part` the whole file, going on where an earlier transfer ended, until `patience` of them in a row brought nothing."""
+    print(f"Fetching    {url}", flush=True)
     failures = 0
     with tqdm(desc=f"Fetching {Path(url).name}", unit="B", unit_scale=True, leave=False, disable=None) as progress:
         while True:
@@ -521,8 +525,8 @@ def fetch(url: str, part: Path, patience: int = 5) -> None:
                 problem = f"failed ({getattr(error, 'reason', None) or error or type(error).__name__})"
             failures = 0 if part.exists() and os.path.getsize(part) > have else failures + 1
             if failures >= patience:
-                raise InputError(f"the transfer of {url} {problem}: the same command goes on from there, or unzip the archive "
-                                 "yourself")
+                raise InputError(f"the transfer of {url} {problem}: look at the network, then the same command goes on with what was "
+                                 "fetched; or fetch the archive elsewhere and unzip it here")
             time.sleep(2 ** failures)
 
 

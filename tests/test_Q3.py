@@ -1318,10 +1318,10 @@ def changed(file: Path, **values) -> None:
     (lambda data, out: (out / "config.json").write_text('{"options": {"speed": 9}}'), "no option 'speed'"),
     (lambda data, out: (out / "split.json").write_text("{}"), "not a manifest"),
     (lambda data, out: (out / "last.pt").unlink(), "last.pt' is missing"),
-    (lambda data, out: (out / "best.pt").unlink(), "best.pt' can't be read"),
+    (lambda data, out: (out / "best.pt").unlink(), "best.pt' can't be read: No such file or directory. It held the best epoch so far: put it back"),
     (lambda data, out: changed(out / "best.pt", epoch=7), "is not of epoch 1, the best so far"),
-    (lambda data, out: other_run(out), "last.pt' is of another run: seed differ"),
-    (lambda data, out: changed(out / "best.pt", classes=["cat", "dog"]), "best.pt' is of another run: its classes differ"),
+    (lambda data, out: other_run(out), "last.pt' and config.json are of different runs: they differ in seed"),
+    (lambda data, out: changed(out / "best.pt", classes=["cat", "dog"]), "best.pt' and config.json are of different runs: they differ in the classes"),
     (lambda data, out: changed(out / "last.pt", format=2), "has checkpoint format 2, this version of Q3.py reads 3"),
     (lambda data, out: changed(out / "last.pt", optimizer={}), "last.pt' is of another run or damaged"),
     (lambda data, out: changed(out / "last.pt", model={}), "last.pt' is of another run or damaged"),
@@ -1355,13 +1355,21 @@ def stopped_run(shared_data, small_weights, tmp_path_factory):
     return folder / "out"
 
 
+def test_resumed_from_another_folder_the_message_says_where_to_go(quick_run, shared_data, refused, monkeypatch):
+    Path("photos_here").symlink_to(shared_data)
+    quick_run("out", data="photos_here")
+    Path("sub").mkdir()
+    monkeypatch.chdir("sub")
+    assert "go to the folder where the run was begun, or say with --data" in refused("Q3.py", "--resume", "../out")
+
+
 def test_other_machine_is_noted(quick_run, capsys):
     out = quick_run("out")
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "threads": 99}))
     capsys.readouterr()
     assert call("Q3.py", "--resume", out) == 0
-    assert f"threads: {torch.get_num_threads()}, was 99" in capsys.readouterr().out
+    assert "only the test is left, or made again" in (text := capsys.readouterr().out) and f"threads: {torch.get_num_threads()}, was 99" in text
 
 
 @pytest.mark.parametrize("began, goes_on", [(10, 0), (0, 10)])
