@@ -1167,7 +1167,7 @@ def left_alone(shared_data, small_weights, tmp_path_factory):
 @pytest.mark.parametrize("name, call_number, number, reached", [
     ("decode", 1, signal.SIGTERM, "from the start"), ("features of", 1, signal.SIGINT, "from the start"), ("step", 2, signal.SIGINT, "epoch 0 and 2 steps"),
     ("step", 4, signal.SIGTERM, "epoch 1 and 1 steps"), ("validation", 2, signal.SIGTERM, "epoch"), ("write_csv", 1, signal.SIGINT, "epoch"),
-    ("test_report", 1, signal.SIGINT, None), ("decode", 2, signal.SIGINT, "after epoch 2 and 0 steps")])
+    ("test_report", 1, signal.SIGINT, None), ("decode", 2, signal.SIGINT, "at the end: only the test is left")])
 def test_interrupted_run_goes_on_as_if_nothing_had_been(small_network, shared_data, left_alone, monkeypatch, capsys, recipe, name, call_number, number, reached):
     with monkeypatch.context() as patch:
         if name == "step":
