@@ -427,7 +427,7 @@ def test_download_goes_on_with_what_an_earlier_command_fetched(data, served, tmp
 
 def test_server_that_always_breaks_off(data, served, tmp_path):
     Server.breaks = [1000, *[0] * 99]
-    with pytest.raises(ds.InputError, match="broke off after 1,000 of .* goes on from there"):
+    with pytest.raises(ds.InputError, match="broke off after 1,000 of .* goes on with what was fetched"):
         ds.download(tmp_path / "fetched", served)
     assert (tmp_path / "nature_12K.zip.part").read_bytes() == Server.content[:1000] and not (tmp_path / "fetched").exists()
     Server.breaks = []
