@@ -689,8 +689,9 @@ def exit_codes(unsaid=()):
     except (InputError, KeyboardInterrupt) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         words = ": ".join(["interrupted"] * interrupted + [str(error)] * bool(str(error)))
-        if not isinstance(error, unsaid):
-            print(f"{Path(sys.argv[0]).name}: {words}".replace("\n", "\\n"), file=sys.stderr)
+        with suppress(OSError):  # the terminal may be gone
+            if not isinstance(error, unsaid):
+                print(f"{Path(sys.argv[0]).name}: {words}".replace("\n", "\\n"), file=sys.stderr)
         sys.exit(130 if interrupted else 2)
     except BrokenPipeError:  # head, or a pager that was left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
