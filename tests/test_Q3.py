@@ -1166,7 +1166,7 @@ def left_alone(shared_data, small_weights, tmp_path_factory):
 @pytest.mark.parametrize("recipe", ["tuned", "reference"])
 @pytest.mark.parametrize("name, call_number, number, reached", [
     ("decode", 1, signal.SIGTERM, "from the start"), ("features of", 1, signal.SIGINT, "from the start"), ("step", 2, signal.SIGINT, "epoch 0 and 2 steps"),
-    ("step", 4, signal.SIGTERM, "epoch 1 and 1 steps"), ("validation", 2, signal.SIGTERM, "epoch"), ("write_csv", 1, signal.SIGINT, "epoch"),
+    ("step", 4, signal.SIGTERM, "epoch 1 and 1 steps"), ("validation", 2, signal.SIGTERM, "and 3 steps"), ("write_csv", 1, signal.SIGINT, "and 0 steps"),
     ("test_report", 1, signal.SIGINT, None), ("decode", 2, signal.SIGINT, "at the end: only the test is left")])
 def test_interrupted_run_goes_on_as_if_nothing_had_been(small_network, shared_data, left_alone, monkeypatch, capsys, recipe, name, call_number, number, reached):
     with monkeypatch.context() as patch:
@@ -1204,6 +1204,18 @@ def test_second_interruption_does_not_wait(small_network, shared_data, monkeypat
     assert call("Q3.py", "--data", shared_data, *QUICK, *BEGIN, "--out", "out") == 130
     assert "--resume out" in capsys.readouterr().err and (load(Path("out/last.pt"))["epoch"], load(Path("out/last.pt"))["step"]) == (0, 0)
     assert call("Q3.py", "--resume", "out") == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+def test_closed_terminal_saves_though_there_is_nowhere_to_say_so(small_network, shared_data, monkeypatch):
+    def gone(descriptor, words, write=os.write):
+        if descriptor == 2:
+            raise OSError(5, "Input/output error")
+        return write(descriptor, words)
+    monkeypatch.setattr(os, "write", gone)
+    interrupt(monkeypatch, "train_epoch", 1, (signal.SIGHUP, signal.SIGHUP))  # a shell passes it on, and the system sends it too
+    assert call("Q3.py", "--data", shared_data, *QUICK, *BEGIN, "--out", "out") == 130
+    assert load(Path("out/last.pt"))["step"] == 1
 
 
 def test_interrupted_while_saving_the_save_is_finished_first(small_network, shared_data, monkeypatch):
