@@ -1198,7 +1198,8 @@ class Training:
             InputError: it is of other photos, or damaged.
         """
         args, before = self.args, checkpoint["checksums"]
-        changed = sorted(path for path in {*before, *self.checksums} if before.get(path) != self.checksums.get(path))
+        with fitting(args.out / "last.pt"):
+            changed = sorted(path for path in {*before, *self.checksums} if before.get(path) != self.checksums.get(path))
         if changed:
             raise CannotGoOn(f"--resume '{args.out}': {len(changed)} of the photos are not those that the run began with (changed, new, "
                              f"or damaged then or now), the first 'train/{changed[0]}': put them back, or start another run")

@@ -374,7 +374,7 @@ def test_frozen_children_stay_in_eval_mode_and_build_no_graph():
 def test_held_batchnorm_keeps_its_statistics_and_learns_scale_and_shift(small_network):
     model = Q3.FineTuned(Q3.build_network("none", 3), 6, hold_batchnorm=True)
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
-    optimizer, maps = Q3.build_optimizer(model, 0.1, 0.1), torch.randn(4, 512, 8, 8)
+    optimizer, maps = Q3.build_optimizer(model, 0.1, 0.1), torch.randn(4, 128, 8, 8)
     Q3.train_epoch(model, [(maps, torch.tensor([0, 1, 2, 0]), 4)], optimizer, torch.amp.GradScaler("cpu", enabled=False), [1.0], torch.zeros(2))
     for name, value in model.backbone.state_dict().items():
         assert torch.equal(value, before[name]) == ("running" in name or "num_batches" in name), name
@@ -730,7 +730,7 @@ def test_crop_of_a_map_is_the_map_of_a_crop_but_for_its_borders(small_network):
     from_pixels = photos.model.maps(crops)
     photos.keep(6, 10.0)
     from_maps, _ = photos.look(which, places)
-    assert from_maps.shape == from_pixels.shape == (2, 512, 20, 20) and from_maps.is_contiguous(memory_format=torch.channels_last)
+    assert from_maps.shape == from_pixels.shape == (2, 128, 20, 20) and from_maps.is_contiguous(memory_format=torch.channels_last)
     inner = (slice(None), slice(None), slice(8, 12), slice(8, 12))
     assert torch.allclose(from_maps[inner], from_pixels[inner], atol=1e-5) and not torch.allclose(from_maps, from_pixels, atol=1e-5)
 
@@ -844,7 +844,7 @@ FLAGS = {  # flag: (value, what the run folder then shows)
     "--val-fraction": (0.5, lambda out: json.loads((out / "config.json").read_text())["photos"]["val"] == 15),
     "--seed": (5, lambda out: json.loads((out / "split.json").read_text())["seed"] == 5),
     "--image-size": (40, lambda out: load(out / "best.pt")["preprocessing"]["image_size"] == 40),
-    "--freeze": (9, lambda out: json.loads((out / "config.json").read_text())["trainable_parameters"] == 3 * 2048 + 3),
+    "--freeze": (9, lambda out: json.loads((out / "config.json").read_text())["trainable_parameters"] == 3 * 512 + 3),
     "--epochs": (2, lambda out: read_csv(out / "history.csv")[-1]["epoch"] == "2"),
     "--batch-size": (4, lambda out: all(state["step"] == 6 for state in load(out / "last.pt")["optimizer"]["state"].values())),
     "--lr-head": (0.01, lambda out: load(out / "last.pt")["optimizer"]["param_groups"][0]["initial_lr"] == 0.01),

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -160,6 +160,7 @@ plain = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(m
 
 
 @few
+@example("checksums", torch.zeros(2), "last.pt", True)
 @given(st.sampled_from(sorted(Q3.CHECKPOINT)), plain, st.sampled_from(["last.pt", "best.pt"]), st.booleans())
 def test_checkpoints_with_one_random_value(key, value, name, inside):
     checkpoint = torch.load(Path("run", name), weights_only=True)
