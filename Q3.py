@@ -77,20 +77,23 @@ def get_args_parser() -> Parser:
     group.add_argument("--freeze", type=number(int, 0, 9), default=6, metavar="N",
                        help="the first N of conv1, bn1, relu, maxpool, layer1, layer2, layer3, layer4, avgpool stay as "
                             "they are; 9: only fc learns (default: 6)")
+    group.add_argument("--from-scratch", action="store_true",
+                       help="train a small CNN from random weights instead, for comparison: five convolutions, nothing frozen")
 
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", choices=("tuned", "reference"), default="tuned",
                        help="reference: the plain published protocol; tuned: keeps the photos' proportions, starts fc from "
                             "logistic regression, trains on crops at rates that rise and fall, holds BatchNorm's statistics "
                             "(default: tuned)")
-    group.add_argument("--epochs", type=number(int, 1, 10**6), default=5, metavar="N",
-                       help="passes over the training photos (default: 5)")
+    group.add_argument("--epochs", type=number(int, 1, 10**6), metavar="N",
+                       help="passes over the training photos (default: 5; 40 with --from-scratch)")
     group.add_argument("--batch-size", type=number(int, 1, 10**6), default=64, metavar="N",
                        help="photos a step at most; an epoch's steps share its photos evenly (default: 64)")
     group.add_argument("--lr-head", type=number(float, 0, 100, open_low=True), metavar="LR",
                        help="learning rate of fc (default: 1e-4; 1e-3 where fc starts from noise)")
     group.add_argument("--lr-backbone", type=number(float, 0, 100, open_low=True), metavar="LR",
-                       help="learning rate of the other layers that learn (default: 1e-5; 1e-4 where fc starts from noise)")
+                       help="learning rate of the other layers that learn (default: 1e-5; 1e-4 where fc starts from noise; 1e-3 with "
+                            "--from-scratch)")
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
@@ -120,6 +123,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     typed = {name: value for name, value in typed.items() if value is not None}
     if "split" in typed and ("fraction" in typed or "val_fraction" in typed):
         parser.error("--split FILE takes the place of --fraction and --val-fraction: give one or the other")
+    if "from_scratch" in typed and typed.keys() & {"weights", "freeze"}:
+        parser.error("--from-scratch trains another network from random weights, all of it: leave --weights and --freeze out")
     if "resume" in typed:
         own = run_options(typed["resume"])
         for name in typed.keys() - CHANGEABLE - {"resume"}:
@@ -133,9 +138,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = argparse.Namespace(**(defaults | typed))
     if args.download and "WORLD_SIZE" in os.environ:
         parser.error("--download: fetch the photos with a single process first")
-    probed = starts_from_probe(args)
-    args.lr_head = args.lr_head or (1e-4 if probed else 1e-3)
-    args.lr_backbone = args.lr_backbone or (1e-5 if probed else 1e-4)
+    if args.from_scratch:
+        args.weights, args.freeze = "none", 0
+    lr_head, lr_backbone = (1e-3, 1e-3) if args.from_scratch else (1e-4, 1e-5) if starts_from_probe(args) else (1e-3, 1e-4)
+    args.lr_head, args.lr_backbone = args.lr_head or lr_head, args.lr_backbone or lr_backbone
+    args.epochs = args.epochs or (40 if args.from_scratch else 5)
     if not holds_batchnorm(args) and args.image_size <= (48 if args.recipe == "tuned" else 32) and args.batch_size <= 2:
         parser.error(f"--batch-size {args.batch_size} with --image-size {args.image_size} can leave layer4's BatchNorm a "
                      "single value to take the mean of: raise one of them")
@@ -226,7 +233,7 @@ BORDER = 1 / 16  # of a photo's short side, at either end: its middle 224 of 256
 PENALTY = 0.03  # on the squares of the weights of the logistic regression that the head starts from
 WARM_UP = 0.1  # part of the steps in which the tuned recipe's learning rates rise
 CROP = 5 / 7  # of a photo's side that a step of training sees: 160 of 224 pixels, 20 of 28 places of a trunk map
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 STORE_FORMAT = 1  # to be raised when read_photo or FineTuned.maps give something else
 
 
@@ -627,6 +634,16 @@ def build_network(spec: str, classes: int) -> nn.Module:
     return network
 
 
+def small_cnn(classes: int) -> nn.Module:
+    """What --from-scratch trains: five blocks of convolution, BatchNorm, ReLU and pooling, with 3 -> 16 -> ... -> 256 channels."""
+    network = nn.Sequential()
+    for block, (before, after) in enumerate([(3, 16), (16, 32), (32, 64), (64, 128), (128, 256)], 1):
+        network.add_module(f"block{block}", nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after),
+                                                          nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)))
+    network.avgpool, network.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(256, classes)
+    return network
+
+
 def load_backbone(network: nn.Module, state, spec: str) -> None:
     """Give the network all of a state dict but fc, which is replaced.
 
@@ -719,16 +736,19 @@ class Photos:
         """CRC-32 of each photo's pixels: what tells whether the network still learns from the same."""
         return [zlib.crc32(photo) for some in self.rows.split(256) for photo in self.pixels[some].numpy()]
 
-    def look(self, which: torch.Tensor, places: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def look(self, which: torch.Tensor, places: torch.Tensor | None = None, mirrored: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """The trunk's maps (views, channels, side, side) of these photos and their labels, on the device.
 
         Args:
             which: int64 (views,).
             places: where the crop of each lies, float32 (views, 2), as in `cut`; None for whole photos.
+            mirrored: left and right exchanged.
         """
         device = self.model.device
         on_device = send(which, device)
-        if self.kept is None:
+        if mirrored:
+            seen = self.pixels[self.rows[which]].flip(2)
+        elif self.kept is None:
             seen = self.pixels[self.rows[which]]
         else:
             seen = self.kept[which if isinstance(self.kept, Store) else on_device]
@@ -813,11 +833,12 @@ def steps_of(count: int, batch_size: int) -> tuple[torch.Tensor, ...]:
     return torch.arange(count).tensor_split(math.ceil(count / batch_size))
 
 
-def batches(photos: Photos, which: torch.Tensor, batch_size: int, title: str, places: torch.Tensor | None = None, done: int = 0):
+def batches(photos: Photos, which: torch.Tensor, batch_size: int, title: str, places: torch.Tensor | None = None, done: int = 0,
+            mirrored: bool = False):
     """Go once through these photos in their order, in steps.
 
     Args:
-        which, places: as in `Photos.look`.
+        which, places, mirrored: as in `Photos.look`.
         title: what the progress bar says, where standard error is a terminal.
         done: how many steps to leave out at the start.
 
@@ -827,7 +848,7 @@ def batches(photos: Photos, which: torch.Tensor, batch_size: int, title: str, pl
     steps = steps_of(len(which), batch_size)
     for step in tqdm(steps[done:], title, len(steps), initial=done, unit="step", leave=False, disable=QUIET):
         mine = step[RANK::PROCESSES]
-        yield *photos.look(which[mine], None if places is None else places[mine]), len(step)
+        yield *photos.look(which[mine], None if places is None else places[mine], mirrored), len(step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -870,21 +891,31 @@ def predict(model: FineTuned, loader, layers=None) -> torch.Tensor:
     return summed(torch.cat(steps)).cpu()
 
 
-def probe(model: FineTuned, loader, labels: torch.Tensor) -> tuple[float, float]:
+def temperature_of(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """What to divide logits by, so that a confidence of 80 % is right four times of five: what gives these photos, which the network
+    has not learnt from, the lowest loss (Guo et al., On Calibration of Modern Neural Networks, ICML 2017). From 0.1 to 10; the second
+    term keeps it near 1 if the photos are few."""
+    candidates = torch.logspace(-1, 1, 401)
+    losses = [F.cross_entropy(logits / each, labels) + each.log().square() / len(labels) for each in candidates]
+    return candidates[torch.stack(losses).argmin()].item()
+
+
+def probe(model: FineTuned, loaders, labels: torch.Tensor) -> tuple[float, float]:
     """Start the head where logistic regression on the features of the network as it is ends. From noise it would first send
     large gradients into good layers (Kumar et al., Fine-Tuning can Distort Pretrained Features, ICLR 2022).
 
     Args:
-        loader: all training photos in one order, whole.
-        labels: theirs, int64 (photos,), on the CPU.
+        loaders: one or more, each of all training photos in the same order: as they are, mirrored.
+        labels: the photos', int64 (photos,), on the CPU.
 
     Returns:
-        Mean loss and accuracy of these photos, then.
+        Mean loss and accuracy of the first loader's photos, then.
 
     Raises:
         InputError: the features can't be told apart.
     """
-    features = predict(model, loader, model.features)  # (photos, 2048)
+    features = torch.cat([predict(model, loader, model.features) for loader in loaders])  # (loaders * photos, 2048)
+    count, labels = len(labels), labels.repeat(len(loaders))
     centre = features.mean(0)
     spread = features.sub_(centre).std()  # one for all features, so that PENALTY means the same for any network
     if not 0 < spread < math.inf:
@@ -905,7 +936,7 @@ def probe(model: FineTuned, loader, labels: torch.Tensor) -> tuple[float, float]
     with torch.no_grad():
         model.head.weight.copy_(head.weight / spread)
         model.head.bias.copy_(head.bias - head.weight @ centre / spread)
-        return loss_and_accuracy(head(features), labels)
+        return loss_and_accuracy(head(features[:count]), labels[:count])
 
 
 def train_epoch(model: nn.Module, loader, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, shares,
@@ -946,6 +977,14 @@ def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, f
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
+    """Expected calibration error: how far confidence is from the part that is right, among photos of about the same confidence; the
+    mean over all photos."""
+    confidence, predicted = logits.double().softmax(1).max(1)
+    gaps = torch.zeros(bins).double().index_add(0, (confidence * bins).long().clamp(0, bins - 1), confidence - (predicted == labels).double())
+    return gaps.abs().sum().item() / len(labels)
+
+
 def test_report(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> dict:
     """What goes into test.json. Rows of the confusion matrix are the labels, columns the predictions.
 
@@ -961,13 +1000,16 @@ def test_report(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) 
         per_class[name] = {"photos": actual, "precision": hits / max(1, claimed), "recall": hits / max(1, actual),
                            "recall_interval_95": wilson_interval(hits, actual), "f1": 2 * hits / max(1, actual + claimed)}
     return {"photos": len(labels), "loss": loss, "accuracy": accuracy,
-            "accuracy_interval_95": wilson_interval(int(confusion.trace()), len(labels)),
+            "accuracy_interval_95": wilson_interval(int(confusion.trace()), len(labels)), "calibration_error": calibration_error(logits, labels),
             "per_class": per_class, "classes": classes, "confusion": confusion.tolist()}
 
 
 def print_report(report: dict) -> None:
+    unscaled = f"; without its temperature, {report['temperature']:.2f}, by {100 * report['calibration_error_unscaled']:.1f} %"
     print(f"\nTest of the best epoch ({report['epoch']}) on {report['photos']:,} photos: accuracy "
-          f"{with_interval(report['accuracy'], report['photos'])}, loss {report['loss']:.4f}\n")
+          f"{with_interval(report['accuracy'], report['photos'])}, loss {report['loss']:.4f}\n"
+          f"Confidence is off by {100 * report['calibration_error']:.1f} % (expected calibration error)"
+          f"{unscaled if report['temperature'] != 1 else ''}\n")
     width = max(len("Class"), *(len(name) for name in report["classes"]))
     print(f"{'Class':{width}} | Photos | Precision | Recall (95 % interval) |     F1")
     for name, row in report["per_class"].items():
@@ -1029,12 +1071,13 @@ def machine(device: torch.device, precision: torch.dtype) -> dict:
 
 def print_banner(config: dict) -> None:
     options, photos = config["options"], config["photos"]
+    network, children = ("a small CNN from scratch", 7) if options["from_scratch"] else (f"ResNet50 from {options['weights']}", 10)
     steps = math.ceil(photos["train"] / options["batch_size"])
     print(f"Photos      {photos['train']:,} training, {photos['val']:,} validation, {photos['test']:,} test; "
           f"{len(config['classes'])} classes ({options['data']})\n"
-          f"Network     ResNet50 from {options['weights']}, {options['image_size']} x {options['image_size']} pixels\n"
+          f"Network     {network}, {options['image_size']} x {options['image_size']} pixels\n"
           f"Parameters  {config['trainable_parameters']:,} trainable, {config['frozen_parameters']:,} frozen "
-          f"(the first {options['freeze']} of 10 children)\n"
+          f"(the first {options['freeze']} of {children} children)\n"
           f"Device      {config['device']} ({config['device_name']}), {config['precision']}"
           f"{f', {PROCESSES} processes' if PROCESSES > 1 else ''}\n"
           f"Steps       {steps} an epoch, {steps * options['epochs']:,} in {options['epochs']} epochs\n"
@@ -1062,8 +1105,8 @@ def save_checkpoint(file: Path, checkpoint: dict) -> None:
 
 
 CHECKPOINT = {"format": int, "architecture": str, "model": dict, "classes": list, "preprocessing": dict, "options": dict, "epoch": int,
-              "history": list, "step": int, "totals": torch.Tensor, "seconds": float, "checksums": dict, "optimizer": dict,
-              "scaler": dict}  # what a checkpoint holds
+              "history": list, "step": int, "totals": torch.Tensor, "seconds": float, "temperature": float, "checksums": dict,
+              "optimizer": dict, "scaler": dict}  # what a checkpoint holds
 
 
 def load_checkpoint(file: Path) -> dict:
@@ -1161,6 +1204,7 @@ class Training:
         self.totals = torch.zeros(2, device=model.device)  # the losses of their photos, and how many were recognised,
         self.earlier = 0.0  # and the seconds they took before the run was interrupted
         self.start = self.saved = time.perf_counter()
+        self.temperature = 1.0  # of the last of these epochs
 
     @property
     def best(self) -> dict:
@@ -1179,10 +1223,10 @@ class Training:
             on_first(self.write, totals, names)
 
     def write(self, totals: torch.Tensor, names: tuple[str, ...]) -> None:
-        checkpoint = {"format": CHECKPOINT_FORMAT, "architecture": "resnet50", "model": self.model.network.state_dict(),
+        checkpoint = {"format": CHECKPOINT_FORMAT, "architecture": "small_cnn" if self.args.from_scratch else "resnet50", "model": self.model.network.state_dict(),
                       **{key: self.config[key] for key in ("classes", "preprocessing", "options")},
                       "epoch": self.history[-1]["epoch"] if self.history else 0, "history": self.history, "step": self.step,
-                      "totals": totals, "seconds": self.seconds, "checksums": self.checksums,
+                      "totals": totals, "seconds": self.seconds, "temperature": self.temperature, "checksums": self.checksums,
                       "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         for name in names:
             save_checkpoint(self.args.out / name, checkpoint)
@@ -1211,6 +1255,7 @@ class Training:
                 self.scaler.load_state_dict(checkpoint["scaler"])
             self.totals.copy_(checkpoint["totals"] if RANK == 0 else self.totals)
             self.history, self.step, self.earlier = checkpoint["history"], checkpoint["step"], checkpoint["seconds"]
+            self.temperature = checkpoint["temperature"]
             for epoch, row in enumerate(self.history, self.history[0]["epoch"] if self.history else 1):
                 if list(row) != HISTORY or row["epoch"] != epoch or not row_text(row):
                     raise ValueError("its history is no table of epochs")
@@ -1241,8 +1286,9 @@ class Training:
         model, args = self.model, self.args
         try:
             if starts_from_probe(args) and not self.history:
-                loader = batches(self.photos, self.in_train, args.batch_size, "features of the training photos")
-                self.finish_epoch(0, *probe(model, loader, self.photos.labels[self.in_train].cpu()))
+                loaders = [batches(self.photos, self.in_train, args.batch_size, f"features of {kind}", mirrored=mirrored)
+                           for kind, mirrored in (("training photos", False), ("mirrored ones", True))]
+                self.finish_epoch(0, *probe(model, loaders, self.photos.labels[self.in_train].cpu()))
             learner = nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model  # with the first one's parameters
             for epoch in range(self.history[-1]["epoch"] + 1 if self.history else 1, args.epochs + 1):
                 loss_sum, correct = self.train_epoch(learner, epoch)
@@ -1301,7 +1347,8 @@ class Training:
         """Validate, write files, print."""
         args, train_seconds = self.args, self.seconds
         loader = batches(self.photos, self.in_val, args.batch_size, "validation")
-        val_loss, val_acc = loss_and_accuracy(predict(self.model, loader), self.photos.labels[self.in_val].cpu())
+        logits, labels = predict(self.model, loader), self.photos.labels[self.in_val].cpu()
+        val_loss, val_acc = loss_and_accuracy(logits, labels)
         if not math.isfinite(train_loss + val_loss):
             advice = "lower --lr-head and --lr-backbone" if epoch else "check --weights"
             self.diverged(f"the loss of epoch {epoch} is not a finite number: {advice}, or")
@@ -1309,6 +1356,7 @@ class Training:
         row = dict(zip(HISTORY, (epoch, train_loss, train_acc, val_loss, val_acc, *rates, self.seconds,
                                  len(self.in_train) / train_seconds), strict=True))
         self.history.append(row)
+        self.temperature = temperature_of(logits, labels) if args.recipe == "tuned" else 1.0
         self.step, self.earlier, self.start = 0, 0.0, time.perf_counter()
         self.totals.zero_()
         self.save_epoch()
@@ -1389,6 +1437,8 @@ def test(model: FineTuned, parts: dict[str, list[tuple[Path, int]]], cache: Path
         checkpoint = load_checkpoint(args.out / "best.pt")
         with fitting(args.out / "best.pt"):
             model.network.load_state_dict(checkpoint["model"])
+            if not 0.1 <= checkpoint["temperature"] <= 10.1:
+                raise ValueError("its temperature is impossible")
     for tensor in model.network.state_dict().values() if PROCESSES > 1 else ():
         distributed.broadcast(tensor, 0)
     try:
@@ -1401,10 +1451,12 @@ def test(model: FineTuned, parts: dict[str, list[tuple[Path, int]]], cache: Path
         return
 
     classes, labels = checkpoint["classes"], photos.labels.cpu()
-    report = {"epoch": checkpoint["epoch"], **test_report(logits, labels, classes),
+    scaled = logits / checkpoint["temperature"]
+    report = {"epoch": checkpoint["epoch"], "temperature": checkpoint["temperature"],
+              "calibration_error_unscaled": calibration_error(logits, labels), **test_report(scaled, labels, classes),
               "same_photos": print_same_photos(parts, args.data, args.out)}
     write_json(args.out / "test.json", report)
-    confidence, predicted = logits.softmax(1).max(1)
+    confidence, predicted = scaled.softmax(1).max(1)
     write_csv(args.out / "predictions.csv", [
         {"path": file.relative_to(args.data / "val").as_posix(), "label": classes[label],
          "predicted": classes[guess], "confidence": f"{share:.6f}"}
@@ -1453,7 +1505,8 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)  # for the first weights of fc
     earlier, checkpoint = load_run(args.resume, classes) if args.resume else ({}, None)
     with memory_advice(args), first_on_this_machine():
-        network = build_network("none" if checkpoint else args.weights, len(classes)).to(device, memory_format=layout(device))
+        network = small_cnn(len(classes)) if args.from_scratch else build_network("none" if checkpoint else args.weights, len(classes))
+        network = network.to(device, memory_format=layout(device))
     if checkpoint:
         with fitting(args.resume / "last.pt"):
             network.load_state_dict(checkpoint["model"])

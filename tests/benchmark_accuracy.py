@@ -1,39 +1,53 @@
 #!/usr/bin/env python3
-"""What each ingredient of Q3.py's recipe is worth: accuracy and time, on given photos and weights.
+"""How accurate Q3.py is, and what each part of it is worth: tables of README.md, Q1.md and Q2.md.
 
-    python tests/benchmark_accuracy.py --data inaturalist_12k --weights resnet50.pth --seeds 0 1 2
+    python tests/benchmark_accuracy.py recipes --data inaturalist_12k --weights resnet50.pth --fraction 0.8 --seeds 0 1 2 3 4
 
-Each variant is the job of Q3.py with one thing changed, run once a seed. A seed decides the split too, and is the same for
-all variants, so that differences are taken seed by seed. Validation accuracies are those of the best epoch, which chooses
-what is tested; means over the seeds, and the 95 % interval of the mean difference to the first variant (Student's t).
+prints one of these tables:
 
-Every finished run is a line of the file --results, and is not run again: a benchmark that was stopped goes on, and one that
-is done prints its table at once.
+    recipes       the published run with its faults, --recipe reference and --recipe tuned
+    scratch       fine-tuning against training from scratch, epoch by epoch
+    freezing      what learns with 9, 8, 7, 6, 4 and 0 frozen children
+    data          fine-tuning, a linear probe and training from scratch on 5, 10, 25, 50 and 100 % of the photos
+    ingredients   the tuned recipe without each of its parts
+    candidates    the tuned recipe with each part that was tried and left out
+
+Each run is one of Q3.py in a process of its own, with the changes listed here. A seed decides the split too, and is the same for all
+rows, so that differences are taken seed by seed: means over the seeds, and the 95 % interval of the mean difference (Student's t).
+Validation figures are of the best epoch, which chooses what is tested.
+
+Runs are kept in --runs (without their checkpoints) and not made again: a benchmark that was stopped goes on, one that is done prints
+its table at once. Remove a run's folder to have it made by a newer version of the program.
 """
 
 import argparse
 import contextlib
-import hashlib
-import io
+import csv
 import json
 import math
+import multiprocessing
+import shutil
 import statistics
 import sys
-import tempfile
+import time
 from pathlib import Path
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import benchmark_published_run  # noqa: E402
 import Q3  # noqa: E402
-import dataset_split  # noqa: E402
+from dataset_split import exit_codes  # noqa: E402
+from Q3 import F, torch  # noqa: E402
 
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5 %, by number of seeds
 
 
-def look_at_cropped_pixels(self, which, places=None, look=Q3.Photos.look):
+# -- what is changed in Q3.py: name -> what takes its place -------------------------------------------------------------------------
+
+def look_at_cropped_pixels(self, which, places=None, mirrored=False, look=Q3.Photos.look):
     """In training, cut photos before the trunk sees them, instead of cutting the trunk's maps of them."""
     if places is None:
-        return look(self, which)
+        return look(self, which, places, mirrored)
     kept, self.kept = self.kept, None
     try:
         return look(self, which, places)
@@ -41,99 +55,307 @@ def look_at_cropped_pixels(self, which, places=None, look=Q3.Photos.look):
         self.kept = kept
 
 
+def probe_without_mirrored(model, loaders, labels, probe=Q3.probe):
+    return probe(model, loaders[:1], labels)
+
+
+def cut_and_mirrored(photos, places, cut=Q3.cut):
+    """Every other crop of a trunk map, as its place falls, with left and right exchanged."""
+    views = cut(photos, places)
+    return torch.where(((places[:, 0] * 1000).long() % 2 == 0).view(-1, 1, 1, 1), views.flip(2), views)
+
+
+def smoothed(*args, loss=F.cross_entropy, **options):
+    """Cross-entropy with a tenth of each label given to all classes, where it is what the network learns from."""
+    return loss(*args, **options, label_smoothing=0.1 if options.get("reduction") == "none" else 0.0)
+
+
+def with_decay(model, lr_head, lr_backbone):
+    groups = [{**group, "initial_lr": group["lr"]} for group in ({"params": list(model.head.parameters()), "lr": lr_head},
+                                                                 {"params": list(model.backbone.parameters()), "lr": lr_backbone})]
+    return torch.optim.AdamW(groups, fused=True, weight_decay=0.05)
+
+
+def with_momentum(model, lr_head, lr_backbone):
+    """SGD, at a rate of 1e-3 for all layers."""
+    groups = [{"params": list(part.parameters()), "lr": 1e-3, "initial_lr": 1e-3} for part in (model.head, model.backbone)]
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+
+
+def finish_with_average(self, epoch, *figures, finish=Q3.Training.finish_epoch):
+    """Validate and keep, instead of an epoch's last weights, an exponential moving average over the steps."""
+    if epoch == 0:
+        return finish(self, epoch, *figures)
+    learnt = {name: value.clone() for name, value in self.model.network.state_dict().items()}
+    self.model.network.load_state_dict(AVERAGE)
+    finish(self, epoch, *figures)
+    self.model.network.load_state_dict(learnt)
+
+
+AVERAGE = {}
+
+
+def train_and_average(model, loader, optimizer, scaler, shares, totals, after_step, train_epoch=Q3.train_epoch):
+    state = {name: value for name, value in model.network.state_dict().items() if value.is_floating_point()}
+    if AVERAGE.keys() != model.network.state_dict().keys():
+        AVERAGE.update({name: value.clone() for name, value in model.network.state_dict().items()})
+
+    def average(losses):
+        for name, value in state.items():
+            AVERAGE[name].lerp_(value, 0.02)
+        after_step(losses)
+    train_epoch(model, loader, optimizer, scaler, shares, totals, average)
+
+
+def train_on_mixtures(model, loader, optimizer, scaler, shares, totals, after_step, alpha=0.4):
+    """Mixup: each map mixed with another of the batch, and the loss with that of the other's label (Zhang et al., ICLR 2018)."""
+    model.train()
+    for (maps, labels, count), share in zip(loader, shares, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["initial_lr"]
+        part = torch.distributions.Beta(alpha, alpha).sample().to(maps)
+        logits = model(maps.lerp(maps.flip(0), part))
+        losses = F.cross_entropy(logits, labels, reduction="none").lerp(F.cross_entropy(logits, labels.flip(0), reduction="none"), part.float())
+        optimizer.zero_grad()
+        (losses.sum() / count).backward()
+        optimizer.step()
+        totals += torch.stack([losses.detach().sum(), (logits.argmax(1) == labels).sum()])
+        after_step(losses.detach())
+
+
+class Again:
+    """Batches that can be gone through more than once, also mirrored."""
+
+    def __init__(self, *args, batches=Q3.batches, **options):
+        self.args, self.options, self.batches = args, options, batches
+
+    def __iter__(self):
+        return self.batches(*self.args, **self.options)
+
+    def mirrored(self):
+        return Again(*self.args, **{**self.options, "mirrored": True})
+
+
+def predict_twice(model, loader, layers=None, predict=Q3.predict):
+    """Of a photo and its mirror image the mean confidence."""
+    if layers is not None:
+        return predict(model, loader, layers)
+    return ((predict(model, loader).softmax(1) + predict(model, loader.mirrored()).softmax(1)) / 2).log()
+
+
+def probe_recalibrated(model, loaders, labels, probe=Q3.probe):
+    """Before the start of fc, replace the statistics of layer3's and layer4's BatchNorm by those of the training photos."""
+    layers = [module for module in model.backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None
+    model.backbone.train()
+    with torch.no_grad():
+        for maps, _, _ in loaders[0]:
+            model.features(maps)
+    model.eval()
+    return probe(model, loaders, labels)
+
+
+USUAL_RATES = ["--lr-head", "1e-3", "--lr-backbone", "1e-4"]
 VARIANTS = {  # name: (flags of Q3.py, what is changed in it)
     "tuned": ([], {}),
     "reference": (["--recipe", "reference"], {}),
-    "tuned, whole photos squashed to a square": ([], {"BORDER": None}),
-    "tuned, border of 4/232 instead of 1/16": ([], {"BORDER": 4 / 232}),
-    "tuned, fc from noise": (["--lr-head", "1e-3", "--lr-backbone", "1e-4"], {"starts_from_probe": lambda args: False, "holds_batchnorm": lambda args: True}),
-    "tuned, BatchNorm's statistics learnt": ([], {"holds_batchnorm": lambda args: False}),
-    "tuned, the reference's learning rates": (["--lr-head", "1e-3", "--lr-backbone", "1e-4"], {}),
-    "tuned, without crops": ([], {"CROP": 1.0}),
-    "tuned, crops of pixels": ([], {"Photos.look": look_at_cropped_pixels}),
-    "tuned, only fc learns": (["--freeze", "9"], {}),
+    "published": ([], {"main": benchmark_published_run.train_and_test}),
+    "linear probe": (["--freeze", "9", "--epochs", "1", "--lr-head", "1e-12"], {}),
+    "from scratch": (["--from-scratch"], {}),
+    **{f"freeze {freeze}": (["--freeze", str(freeze)], {}) for freeze in (9, 8, 7, 6, 4, 0)},
+    "whole photos squashed to a square": ([], {"BORDER": None}),
+    "fc from noise": (USUAL_RATES, {"starts_from_probe": lambda args: False, "holds_batchnorm": lambda args: True}),
+    "start of fc without mirrored photos": ([], {"probe": probe_without_mirrored}),
+    "without crops": ([], {"CROP": 1.0}),
+    "BatchNorm's statistics learnt": ([], {"holds_batchnorm": lambda args: False}),
+    "the reference's learning rates": (USUAL_RATES, {}),
+    "constant learning rates": ([], {"rise_and_fall": lambda step, steps: 1.0}),
+    "border of 4/232 instead of 1/16": ([], {"BORDER": 4 / 232}),
+    "crops of 4/7 instead of 5/7": ([], {"CROP": 4 / 7}),
+    "crops of pixels": ([], {"Photos.look": look_at_cropped_pixels}),
+    "mirrored maps": ([], {"cut": cut_and_mirrored}),
+    "label smoothing": ([], {"F.cross_entropy": smoothed}),
+    "AdamW, decay 0.05": ([], {"build_optimizer": with_decay}),
+    "SGD": ([], {"build_optimizer": with_momentum}),
+    "moving average of the weights": ([], {"Training.finish_epoch": finish_with_average, "train_epoch": train_and_average}),
+    "mixup": ([], {"train_epoch": train_on_mixtures}),
+    "BatchNorm recalibrated": ([], {"batches": Again, "probe": probe_recalibrated}),
+    "mean of photo and mirror image": ([], {"batches": Again, "predict": predict_twice}),
 }
+INGREDIENTS = ["whole photos squashed to a square", "fc from noise", "start of fc without mirrored photos", "without crops",
+               "BatchNorm's statistics learnt", "the reference's learning rates", "constant learning rates"]
+CANDIDATES = list(VARIANTS)[list(VARIANTS).index("border of 4/232 instead of 1/16"):]
 
 
-def run(args: argparse.Namespace, variant: str, seed: int) -> dict:
-    flags, changes = VARIANTS[variant]
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+# -- runs ---------------------------------------------------------------------------------------------------------------------------
+
+def job(variant: str, words: list[str], out: Path) -> None:
+    """One run, changed; what it took goes into its folder."""
+    start, changes = time.perf_counter(), VARIANTS[variant][1]
+    with contextlib.ExitStack() as stack:
         for name, value in changes.items():
-            stack.enter_context(patch.object(Q3.Photos, "look", value) if name == "Photos.look" else patch.object(Q3, name, value))
-        options = Q3.get_args(list(map(str, ["--data", args.data, "--weights", args.weights, "--fraction", args.fraction, "--val-fraction",
-                                             args.val_fraction, "--seed", seed, "--epochs", args.epochs, "--image-size", args.image_size,
-                                             "--cache", args.cache, "--out", folder, *flags])))
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        Q3.main(options)
-        rows = Q3.torch.load(Path(folder, "last.pt"), weights_only=True)["history"]
-        report = json.loads(Path(folder, "test.json").read_text())
-    return {"val": max(row["val_acc"] for row in rows), "last": rows[-1]["val_acc"], "last_loss": rows[-1]["val_loss"],
-            "best_epoch": report["epoch"], "test": report["accuracy"], "seconds": sum(row["seconds"] for row in rows)}
+            owner, _, name = name.rpartition(".")
+            stack.enter_context(patch.object(getattr(Q3, owner) if owner else Q3, name, value))
+        stack.enter_context(exit_codes())
+        Q3.main(Q3.get_args(words))
+    seconds, memory = time.perf_counter() - start, 0.0
+    if torch.cuda.is_available():
+        memory = torch.cuda.max_memory_allocated() / 1e9
+    elif sys.platform == "linux":
+        import resource
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    (out / "cost.json").write_text(json.dumps({"seconds": seconds, "memory_gb": memory}))
+    for file in out.glob("*.pt"):
+        file.unlink()
 
 
-def key_of(args: argparse.Namespace, variant: str, seed: int) -> str:
-    """What a result depends on: when any of it changes, the run is made again. (But photos and weights count by name.)"""
-    programs = hashlib.sha256(b"".join(Path(file).read_bytes() for file in (Q3.__file__, dataset_split.__file__, __file__)))
-    device = Q3.pick_device("auto")
-    return json.dumps([variant, seed, str(args.data), args.weights, args.fraction, args.val_fraction, args.epochs, args.image_size,
-                       programs.hexdigest()[:16], Q3.torch.__version__, str(device), str(Q3.pick_precision("auto", device))])
+def apart(function, *args) -> None:
+    """Call this in a process of its own, so that its peak memory is its own."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=args)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(process.exitcode)
 
 
-def read_results(file: Path) -> dict[str, dict]:
-    results = {}
-    for text in file.read_text().splitlines() if file.exists() else ():
-        with contextlib.suppress(ValueError):  # a line that a kill cut off
-            line = json.loads(text)
-            results[line["key"]] = line
-    return results
+def run(args: argparse.Namespace, variant: str, fraction: float, seed: int) -> dict:
+    """What a run came to; it is only made if its folder isn't there."""
+    out = args.runs / f"{variant.replace('/', '-')}, {fraction:g}, {args.image_size} px, {args.epochs or 'all'} epochs, seed {seed}"
+    if not (out / "cost.json").exists():
+        shutil.rmtree(out, ignore_errors=True)
+        words = ["--data", args.data, "--weights", args.weights, "--fraction", fraction, "--seed", seed, "--image-size", args.image_size,
+                 *(["--epochs", args.epochs] if args.epochs else []), *(["--cache", args.cache] if args.cache else ["--no-cache"]), "--out", out]
+        if variant == "from scratch":
+            del words[2:4]
+        print(f"{variant}, fraction {fraction:g}, seed {seed}", file=sys.stderr, flush=True)
+        with contextlib.redirect_stdout(sys.stderr):
+            apart(job, variant, [*map(str, words), *VARIANTS[variant][0]], out)
+    with open(out / "history.csv") as stream:
+        history = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
+    report, cost, config = (json.loads((out / name).read_text()) for name in ("test.json", "cost.json", "config.json"))
+    return {**cost, "history": history, "val": max(row["val_acc"] for row in history), "last": history[-1]["val_acc"],
+            "test": report["accuracy"], "calibration": report.get("calibration_error", math.nan), "unscaled": report.get("calibration_error_unscaled", math.nan),
+            "epochs": sum(row["seconds"] for row in history), "epoch": statistics.median(row["seconds"] for row in history[-5:]),
+            "parameters": config["trainable_parameters"], "photos": config["photos"]["train"]}
 
 
-def spread(values: list[float]) -> str:
-    """Mean and 95 % interval, in percentage points."""
+# -- tables -------------------------------------------------------------------------------------------------------------------------
+
+def mean(runs: list[dict], key: str) -> float:
+    return statistics.mean(run[key] for run in runs)
+
+
+def ahead(runs: list[dict], others: list[dict], key: str = "test") -> str:
+    """Mean of the differences, seed by seed, and its 95 % interval, in percentage points."""
+    values = [run[key] - other[key] for run, other in zip(runs, others, strict=True)]
     if len(values) < 2:
         return f"{100 * values[0]:+.1f}"
     half = STUDENT.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{100 * statistics.mean(values):+.1f} ± {100 * half:.1f}"
 
 
-def print_table(args: argparse.Namespace, results: dict[str, list[dict]]) -> None:
-    first = next(iter(results.values()))
-    print("| | validation, last epoch | best epoch | test of the best | against the first | epochs' seconds |\n|-|-:|-:|-:|-:|-:|")
-    for variant, runs in results.items():
-        difference = "" if runs is first else spread([run["test"] - other["test"] for run, other in zip(runs, first)])
-        last, val, test, seconds = (statistics.mean(run[key] for run in runs) for key in ("last", "val", "test", "seconds"))
-        print(f"| {variant} | {last:.4f} | {val:.4f} | {test:.4f} | {difference} | {seconds:.0f} |")
+def print_table(head: str, rows: list[list]) -> None:
+    print(f"| {head} |\n|{'|'.join('-:' if place else '-' for place in range(head.count('|') + 1))}|")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |")
+
+
+def recipes(args: argparse.Namespace, runs_of) -> None:
+    rows = []
+    for fraction in args.fraction:
+        tuned = runs_of("tuned", fraction)
+        for name in args.variants or ["published", "reference", "tuned"]:
+            runs = runs_of(name, fraction)
+            rows.append([name, f"{runs[0]['photos']:,}", f"{mean(runs, 'val'):.4f}", f"{mean(runs, 'test'):.4f}",
+                         *(["", ""] if runs is tuned else [ahead(tuned, runs), f"{(1 - mean(tuned, 'test')) / (1 - mean(runs, 'test')):.2f}"]),
+                         f"{100 * mean(runs, 'unscaled'):.1f} %", f"{100 * mean(runs, 'calibration'):.1f} %",
+                         f"{statistics.median(run['seconds'] for run in runs):.0f}"])
+    print_table("recipe | training photos | validation | test | tuned is ahead by | tuned's errors | calibration error | scaled | "
+                "seconds, whole job", rows)
+
+
+def scratch(args: argparse.Namespace, runs_of) -> None:
+    for fraction in args.fraction:
+        tuned, small = runs_of("tuned", fraction), runs_of("from scratch", fraction)
+        rows = []
+        for epoch in [*range(0, 6), *range(10, 1000, 10)]:
+            cells = []
+            for runs in (tuned, small):
+                found = [row["val_acc"] for run in runs for row in run["history"] if row["epoch"] == epoch]
+                cells.append(f"{statistics.mean(found):.4f}" if found else "")
+            if any(cells):
+                rows.append([epoch, *cells])
+        rows += [["**test** of the best epoch", *(f"{mean(runs, 'test'):.4f}" for runs in (tuned, small))],
+                 ["seconds an epoch", *(f"{statistics.median(run['epoch'] for run in runs):.1f}" for runs in (tuned, small))],
+                 ["seconds, whole job", *(f"{statistics.median(run['seconds'] for run in runs):.0f}" for runs in (tuned, small))],
+                 ["parameters that learn", *(f"{runs[0]['parameters']:,}" for runs in (tuned, small))]]
+        print_table(f"epoch ({tuned[0]['photos']:,} training photos) | fine-tuned | from scratch", rows)
+
+
+def freezing(args: argparse.Namespace, runs_of) -> None:
+    rows = []
+    for fraction in args.fraction:
+        usual = runs_of("freeze 6", fraction)
+        for name in (name for name in VARIANTS if name.startswith("freeze")):
+            runs = runs_of(name, fraction)
+            rows.append([name.split()[1], f"{runs[0]['parameters']:,}", f"{mean(runs, 'val'):.4f}", f"{mean(runs, 'test'):.4f}",
+                         "" if name == "freeze 6" else ahead(runs, usual), f"{statistics.median(run['epoch'] for run in runs):.1f}",
+                         f"{statistics.median(run['seconds'] for run in runs):.0f}", f"{max(run['memory_gb'] for run in runs):.1f} GB"])
+    print_table("frozen children | parameters that learn | validation | test | against 6 | seconds an epoch | whole job | peak memory", rows)
+
+
+def data(args: argparse.Namespace, runs_of) -> None:
+    print_table("training photos | fine-tuned | linear probe | from scratch",
+                [[f"{runs_of('tuned', fraction)[0]['photos']:,}", *(f"{mean(runs_of(name, fraction), 'test'):.4f}"
+                                                                  for name in ("tuned", "linear probe", "from scratch"))]
+                 for fraction in args.fraction])
+
+
+def changes(args: argparse.Namespace, runs_of, names: list[str]) -> None:
+    for fraction in args.fraction:
+        tuned, rows = runs_of("tuned", fraction), []
+        for name in ["tuned", *(args.variants or names)]:
+            runs = runs_of(name, fraction)
+            rows.append([name, f"{mean(runs, 'last'):.4f}", f"{mean(runs, 'val'):.4f}", f"{mean(runs, 'test'):.4f}",
+                         "" if runs is tuned else ahead(runs, tuned), f"{100 * mean(runs, 'calibration'):.1f} %",
+                         f"{statistics.median(run['epochs'] for run in runs):.0f}"])
+        print_table(f"{tuned[0]['photos']:,} training photos | validation, last epoch | best epoch | test | against tuned | "
+                    "calibration error | epochs' seconds", rows)
+
+
+TABLES = {"recipes": recipes, "scratch": scratch, "freezing": freezing, "data": data,
+          "ingredients": lambda *args: changes(*args, INGREDIENTS), "candidates": lambda *args: changes(*args, CANDIDATES)}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
     parser.add_argument("--data", type=Path, default=Path("inaturalist_12k"), metavar="DIR")
     parser.add_argument("--weights", default="IMAGENET1K_V2", metavar="SPEC")
-    parser.add_argument("--epochs", type=int, default=5, metavar="N")
-    parser.add_argument("--image-size", type=int, default=224, metavar="N")
+    parser.add_argument("--fraction", type=float, nargs="+", metavar="F", help="(default: 0.25; for data 0.05 0.1 0.25 0.5 1.0)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME", help="; ".join(VARIANTS))
-    parser.add_argument("--results", type=Path, default=Path("runs/benchmark_accuracy.jsonl"), metavar="FILE")
-    parser.add_argument("--cache", type=Path, default=Path(".cache"), metavar="DIR")
-    dataset_split.add_split_options(parser, fraction=0.25)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help="only these rows; one of: " + "; ".join(VARIANTS))
+    parser.add_argument("--epochs", type=int, metavar="N", help="(default: as in Q3.py)")
+    parser.add_argument("--image-size", type=int, default=224, metavar="N")
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_accuracy"), metavar="DIR")
+    parser.add_argument("--cache", type=Path, metavar="DIR",
+                        help="share decoded photos and trunk maps among runs, which saves time; but then times can't be compared")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    done = read_results(args.results)
-    results = {variant: [] for variant in args.variants}
-    for seed in args.seeds:
-        for variant in args.variants:
-            key = key_of(args, variant, seed)
-            if key not in done:
-                line = done[key] = {"key": key, **run(args, variant, seed)}
-                with open(args.results, "a") as stream:
-                    stream.write(json.dumps(line) + "\n")
-                print(f"seed {seed}, {variant}: test {line['test']:.4f}", file=sys.stderr, flush=True)
-            results[variant].append(done[key])
-    print_table(args, results)
+    args.fraction = args.fraction or ([0.05, 0.1, 0.25, 0.5, 1.0] if args.table == "data" else [0.25])
+    known = {}
+
+    def runs_of(variant: str, fraction: float) -> list[dict]:
+        if (variant, fraction) not in known:
+            known[variant, fraction] = [run(args, variant, fraction, seed) for seed in args.seeds]
+        return known[variant, fraction]
+
+    TABLES[args.table](args, runs_of)
 
 
 if __name__ == "__main__":

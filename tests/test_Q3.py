@@ -135,7 +135,7 @@ def test_reported_test_result_is_that_of_best_pt(run, shared_data):
         image = Image.open(shared_data / "val" / row["path"]).convert("RGB")
         image = ImageOps.fit(image, (64, 64), Image.Resampling.BILINEAR, use["border"])
         with torch.no_grad():
-            shares = network.eval()(prepare(image)[None]).softmax(1)[0]
+            shares = (network.eval()(prepare(image)[None]) / checkpoint["temperature"]).softmax(1)[0]
         assert checkpoint["classes"][int(shares.argmax())] == row["predicted"]
         assert float(shares.max()) == pytest.approx(float(row["confidence"]), abs=2e-3)
     best = max(checkpoint["history"], key=lambda row: (row["val_acc"], -row["val_loss"]))
@@ -143,7 +143,8 @@ def test_reported_test_result_is_that_of_best_pt(run, shared_data):
 
 
 @pytest.mark.parametrize("recipe", ["tuned", "reference"])
-def test_the_readme_tells_how_to_use_a_checkpoint(weights, shared_data, tmp_path, capsys, recipe):
+def test_the_readme_tells_how_to_use_a_checkpoint(weights, shared_data, tmp_path, capsys, monkeypatch, recipe):
+    monkeypatch.setattr(Q3, "temperature_of", lambda *_: 3.0)
     code, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert call("Q3.py", "--data", shared_data, *QUICK, "--weights", weights, "--image-size", 64, "--recipe", recipe, "--out", "runs/first") == 0
     row = read_csv(tmp_path / "runs/first/predictions.csv")[5]
@@ -171,13 +172,13 @@ def test_best_epoch_is_kept_and_is_the_one_that_is_tested(quick_run, monkeypatch
 
 def test_job_trains_on_the_training_photos_alone_and_in_another_order_each_epoch(quick_run, monkeypatch):
     passes = []
-    def recorded(photos, which, *rest, batches=Q3.batches):
+    def recorded(photos, which, *rest, batches=Q3.batches, **options):
         passes.append(which.tolist())
-        return batches(photos, which, *rest)
+        return batches(photos, which, *rest, **options)
     monkeypatch.setattr(Q3, "batches", recorded)
     quick_run("out", "--epochs", 2)
-    probed, val_before, first, val, second, val_again, test_pass = passes
-    assert probed == list(range(24)) and val_before == val
+    probed, probed_mirrored, val_before, first, val, second, val_again, test_pass = passes
+    assert probed == probed_mirrored == list(range(24)) and val_before == val
     assert sorted(first) == sorted(second) == list(range(24)) and first != second
     assert val == val_again == list(range(24, 30)) and test_pass == list(range(12))
 
@@ -242,16 +243,19 @@ def test_default_learning_rates_are_those_of_the_start_of_the_head(flags, rates)
 
 
 def test_head_starts_from_logistic_regression(small_network):
-    """Its gradient is nothing, and the network's logits are those of the regression."""
+    """On the photos and their mirror images: its gradient is nothing, and the network's logits are those of the regression."""
     photos = photos_of(torch.randint(0, 256, (40, 32, 32, 3), dtype=torch.uint8), torch.arange(40) % 4)
     model, everything = photos.model, torch.arange(40)
-    loss, accuracy = Q3.probe(model, Q3.batches(photos, everything, 16, ""), photos.labels)
-    logits = Q3.predict(model, Q3.batches(photos, everything, 16, ""))
+    photos.keep(6, 10.0)
+    def loaders():
+        return [Q3.batches(photos, everything, 16, "", mirrored=mirrored) for mirrored in (False, True)]
+    loss, accuracy = Q3.probe(model, loaders(), photos.labels)
+    logits = Q3.predict(model, loaders()[0])
     assert Q3.loss_and_accuracy(logits, photos.labels) == pytest.approx((loss, accuracy), abs=1e-4) and accuracy > 0.9
-    features = Q3.predict(model, Q3.batches(photos, everything, 16, ""), model.features)
+    features = torch.cat([Q3.predict(model, loader, model.features) for loader in loaders()])
     scale = (features - features.mean(0)).std()
     weight, bias = (value.detach().clone().requires_grad_() for value in model.head.parameters())
-    (nn.functional.cross_entropy(features @ weight.T + bias, photos.labels) + Q3.PENALTY * (weight * scale).square().sum()).backward()
+    (nn.functional.cross_entropy(features @ weight.T + bias, photos.labels.repeat(2)) + Q3.PENALTY * (weight * scale).square().sum()).backward()
     assert bias.grad.abs().max() < 1e-3 and (weight.grad / scale).abs().max() < 1e-2
 
 
@@ -293,8 +297,8 @@ def test_test_result_is_on_disk_before_it_is_printed(small_network, shared_data,
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(quick_run, shared_data, tmp_path, monkeypatch, refused):
     """In the second epoch's second step one photo's maps turn into nothing."""
-    def spoilt(photos, which, batch_size, title, *rest, batches=Q3.batches):
-        for step, (maps, labels, count) in enumerate(batches(photos, which, batch_size, title, *rest)):
+    def spoilt(photos, which, batch_size, title, *rest, batches=Q3.batches, **options):
+        for step, (maps, labels, count) in enumerate(batches(photos, which, batch_size, title, *rest, **options)):
             maps[3] = float("nan") if (title, step) == ("epoch 2/3", 1) else maps[3]
             yield maps, labels, count
     monkeypatch.setattr(Q3, "batches", spoilt)
@@ -827,9 +831,94 @@ def test_report_counts_by_hand():
     assert rows["c"] == {"photos": 1, "precision": 0.0, "recall": 0.0, "f1": 0.0}
 
 
+def test_calibration_error_by_hand():
+    """Two photos at 0.9, one of them right; two at 0.6, both right: off by 0.4 and 0.4. In bins of their own; in one bin by 0."""
+    logits = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.4, 0.6]]).log()
+    labels = torch.tensor([0, 1, 0, 1])
+    assert Q3.calibration_error(logits, labels) == pytest.approx(0.4, abs=1e-6)
+    assert Q3.calibration_error(logits, labels, bins=1) == pytest.approx(0.0, abs=1e-6)
+    assert Q3.calibration_error(torch.tensor([[9e9, 0.0]]), torch.tensor([1])) == 1.0
+
+
+def test_temperature_undoes_what_logits_were_multiplied_with():
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(4000, 5)
+    labels = torch.distributions.Categorical(logits=logits).sample()
+    temperature = Q3.temperature_of(logits, labels)
+    assert temperature == pytest.approx(1.0, abs=0.05) and Q3.calibration_error(logits / temperature, labels) < 0.03
+    for factor in (0.3, 4.0):
+        assert Q3.temperature_of(factor * logits, labels) == pytest.approx(factor * temperature, rel=0.02)
+
+
+def test_temperature_of_few_photos_stays_near_1():
+    assert 0.3 < Q3.temperature_of(2 * torch.eye(3), torch.arange(3)) < 1
+    assert 1 < Q3.temperature_of(2 * torch.eye(3), torch.tensor([1, 2, 0])) < 3
+
+
+def test_confidence_is_that_of_scaled_logits_and_the_validation_photos_decide_the_scale(quick_run, monkeypatch, capsys):
+    monkeypatch.setattr(Q3, "temperature_of", lambda logits, labels, temperatures=iter([2.0, 4.0]): next(temperatures))
+    monkeypatch.setattr(Q3, "loss_and_accuracy", lambda *_, results=iter([(1.0, 0.1), (1.0, 0.1), (0.9, 0.9), (1.0, 1.0)]): next(results))
+    out = quick_run("tuned")
+    report = json.loads((out / "test.json").read_text())
+    assert load(out / "best.pt")["temperature"] == load(out / "last.pt")["temperature"] == report["temperature"] == 4.0
+    assert f"Confidence is off by {100 * report['calibration_error']:.1f} %" in capsys.readouterr().out
+    assert report["calibration_error"] != report["calibration_error_unscaled"]
+
+
+def test_the_reference_recipe_scales_nothing(quick_run, capsys):
+    out = quick_run("reference", "--recipe", "reference")
+    report = json.loads((out / "test.json").read_text())
+    assert report["temperature"] == 1.0 and report["calibration_error"] == report["calibration_error_unscaled"]
+    assert "temperature" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("correct, count, low, high", [(80, 100, 0.7112, 0.8666), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)])
 def test_wilson_interval(correct, count, low, high):
     assert Q3.wilson_interval(correct, count) == pytest.approx((low, high), abs=1e-4)
+
+
+# -- from scratch -----------------------------------------------------------------------------------------------------
+
+FROM_SCRATCH = (*QUICK[2:], "--from-scratch", "--epochs", 3)
+
+
+def test_from_scratch_a_small_network_learns_all_of_itself(shared_data, capsys):
+    assert call("Q3.py", "--data", shared_data, *FROM_SCRATCH, "--out", "out") == 0
+    options, checkpoint, said = options_of(Path("out")), load(Path("out/best.pt")), capsys.readouterr().out
+    assert (options["weights"], options["freeze"], options["lr_head"], options["lr_backbone"]) == ("none", 0, 1e-3, 1e-3)
+    assert checkpoint["architecture"] == "small_cnn" and checkpoint["history"][0]["epoch"] == 1
+    assert "a small CNN from scratch" in said and "393,875 trainable, 0 frozen" in said
+    network = Q3.small_cnn(3)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    network.load_state_dict(checkpoint["model"])
+    assert all((value != before[name]).any() for name, value in network.state_dict().items())
+    assert sum(isinstance(layer, nn.Conv2d) for layer in network.modules()) == 5
+
+
+def test_small_cnn_takes_any_size(tmp_path):
+    for size in (23, 32, 224):
+        assert Q3.FineTuned(Q3.small_cnn(7), 0)(torch.zeros(2, 3, size, size)).shape == (2, 7)
+
+
+def test_from_scratch_learns_for_longer_by_default():
+    assert Q3.get_args(["--from-scratch"]).epochs == 40 and Q3.get_args([]).epochs == 5
+    assert Q3.get_args(["--from-scratch", "--epochs", "3"]).epochs == 3
+
+
+@pytest.mark.parametrize("flags", [("--weights", "none"), ("--freeze", 0)])
+def test_from_scratch_is_another_network_which_takes_no_weights_and_freezes_nothing(refused, flags):
+    assert "leave --weights and --freeze out" in refused("Q3.py", "--from-scratch", *flags)
+
+
+def test_from_scratch_is_resumed_and_its_weights_are_no_resnet50s(shared_data, refused, monkeypatch):
+    flags = ("--data", shared_data, *FROM_SCRATCH)
+    assert call("Q3.py", *flags, "--out", "whole") == 0
+    with monkeypatch.context() as patch:
+        interrupt(patch, "train_epoch", 2)
+        assert call("Q3.py", *flags, "--out", "out") == 130
+    assert call("Q3.py", "--resume", "out") == 0
+    assert Path("out/predictions.csv").read_text() == Path("whole/predictions.csv").read_text()
+    assert "is not of a ResNet50" in refused("Q3.py", "--data", shared_data, *QUICK[2:], "--weights", "out/best.pt")
 
 
 # -- every flag changes something -------------------------------------------------------------------------------------
@@ -855,7 +944,8 @@ FLAGS = {  # flag: (value, what the run folder then shows)
     "--cache-gb": (0, lambda out: "--cache-gb" in json.loads((out / "config.json").read_text())["trunk"]),
     "--out": (None, lambda out: out.name == "other"),
 }
-TESTED_ELSEWHERE = {"--split", "--weights", "--device", "--workers", "--no-cache", "--help", "--resume", "--download", "--skip-damaged", "--save-minutes"}
+TESTED_ELSEWHERE = {"--split", "--weights", "--device", "--workers", "--no-cache", "--help", "--resume", "--download", "--skip-damaged", "--save-minutes",
+                    "--from-scratch"}
 
 
 def test_every_flag_has_a_test():
