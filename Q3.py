@@ -83,8 +83,8 @@ def get_args_parser() -> Parser:
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", choices=("tuned", "reference"), default="tuned",
                        help="reference: the plain published protocol; tuned: keeps the photos' proportions, starts fc from "
-                            "logistic regression, trains on crops at rates that rise and fall, holds BatchNorm's statistics "
-                            "(default: tuned)")
+                            "logistic regression, trains on crops at rates that rise and fall, holds BatchNorm's statistics, "
+                            "scales its confidence (default: tuned)")
     group.add_argument("--epochs", type=number(int, 1, 10**6), metavar="N",
                        help="passes over the training photos (default: 5; 40 with --from-scratch)")
     group.add_argument("--batch-size", type=number(int, 1, 10**6), default=64, metavar="N",
@@ -143,7 +143,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     lr_head, lr_backbone = (1e-3, 1e-3) if args.from_scratch else (1e-4, 1e-5) if starts_from_probe(args) else (1e-3, 1e-4)
     args.lr_head, args.lr_backbone = args.lr_head or lr_head, args.lr_backbone or lr_backbone
     args.epochs = args.epochs or (40 if args.from_scratch else 5)
-    if not holds_batchnorm(args) and args.image_size <= (48 if args.recipe == "tuned" else 32) and args.batch_size <= 2:
+    if not holds_batchnorm(args) and not args.from_scratch and args.image_size <= (48 if args.recipe == "tuned" else 32) and args.batch_size <= 2:
         parser.error(f"--batch-size {args.batch_size} with --image-size {args.image_size} can leave layer4's BatchNorm a "
                      "single value to take the mean of: raise one of them")
     return args
@@ -670,7 +670,7 @@ def load_backbone(network: nn.Module, state, spec: str) -> None:
 
 
 class FineTuned(nn.Module):
-    """A ResNet cut in three: a trunk that is frozen, a backbone that learns slowly, a head that learns fast.
+    """A network cut in three: a trunk that is frozen, a backbone that learns slowly, a head that learns fast.
 
     Frozen means more than "no gradients": BatchNorm in train mode goes on averaging the statistics of every batch. The
     trunk is a copy in which each BatchNorm, held as it is, is folded into the convolution before it. With
@@ -705,7 +705,7 @@ class FineTuned(nn.Module):
         return self.trunk(images.to(self.precision, memory_format=layout(self.device)))
 
     def features(self, maps: torch.Tensor) -> torch.Tensor:
-        """The trunk's maps -> what the head sees of a photo, float32 (batch, 2048)."""
+        """The trunk's maps -> what the head sees of a photo, float32 (batch, features): 2048 numbers in a ResNet50."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             return self.backbone(maps).flatten(1).float()
 
@@ -746,10 +746,9 @@ class Photos:
         """
         device = self.model.device
         on_device = send(which, device)
-        if mirrored:
-            seen = self.pixels[self.rows[which]].flip(2)
-        elif self.kept is None:
+        if mirrored or self.kept is None:
             seen = self.pixels[self.rows[which]]
+            seen = seen.flip(2) if mirrored else seen
         else:
             seen = self.kept[which if isinstance(self.kept, Store) else on_device]
         seen = send(seen if places is None else cut(seen, places), device)
@@ -879,7 +878,7 @@ def loss_and_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float
 
 @torch.no_grad()
 def predict(model: FineTuned, loader, layers=None) -> torch.Tensor:
-    """What the network, or only its `layers`, makes of every photo: float32 (photos, classes or 2048), on the CPU."""
+    """What the network, or only its `layers`, makes of every photo: float32 (photos, classes or features), on the CPU."""
     model.eval()
     steps = []
     for maps, _, count in loader:
@@ -985,8 +984,9 @@ def calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15
     return gaps.abs().sum().item() / len(labels)
 
 
-def test_report(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> dict:
-    """What goes into test.json. Rows of the confusion matrix are the labels, columns the predictions.
+def test_report(logits: torch.Tensor, labels: torch.Tensor, classes: list[str], temperature: float = 1.0) -> dict:
+    """What goes into test.json. Rows of the confusion matrix are the labels, columns the predictions. The loss is that of the logits
+    as they are, like the losses of history.csv.
 
     A class that is never predicted has precision 0, and F1 is 0 where precision and recall both are.
     """
@@ -1000,15 +1000,16 @@ def test_report(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) 
         per_class[name] = {"photos": actual, "precision": hits / max(1, claimed), "recall": hits / max(1, actual),
                            "recall_interval_95": wilson_interval(hits, actual), "f1": 2 * hits / max(1, actual + claimed)}
     return {"photos": len(labels), "loss": loss, "accuracy": accuracy,
-            "accuracy_interval_95": wilson_interval(int(confusion.trace()), len(labels)), "calibration_error": calibration_error(logits, labels),
+            "accuracy_interval_95": wilson_interval(int(confusion.trace()), len(labels)), "temperature": temperature,
+            "calibration_error": calibration_error(logits / temperature, labels), "calibration_error_unscaled": calibration_error(logits, labels),
             "per_class": per_class, "classes": classes, "confusion": confusion.tolist()}
 
 
 def print_report(report: dict) -> None:
-    unscaled = f"; without its temperature, {report['temperature']:.2f}, by {100 * report['calibration_error_unscaled']:.1f} %"
+    unscaled = f"; {100 * report['calibration_error_unscaled']:.1f} without the temperature of {report['temperature']:.2f}"
     print(f"\nTest of the best epoch ({report['epoch']}) on {report['photos']:,} photos: accuracy "
           f"{with_interval(report['accuracy'], report['photos'])}, loss {report['loss']:.4f}\n"
-          f"Confidence is off by {100 * report['calibration_error']:.1f} % (expected calibration error)"
+          f"Confidence is off by {100 * report['calibration_error']:.1f} points on average (expected calibration error)"
           f"{unscaled if report['temperature'] != 1 else ''}\n")
     width = max(len("Class"), *(len(name) for name in report["classes"]))
     print(f"{'Class':{width}} | Photos | Precision | Recall (95 % interval) |     F1")
@@ -1124,6 +1125,8 @@ def load_checkpoint(file: Path) -> dict:
         raise InputError(f"'{file}' has checkpoint format {checkpoint['format']!r}, this version of Q3.py reads {CHECKPOINT_FORMAT}: use "
                          "the version that wrote it, or start another run")
     wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(name), kind)]
+    if "temperature" not in wrong and not 0.09 < checkpoint["temperature"] < 11:  # see temperature_of
+        wrong.append("temperature")
     if wrong:
         raise InputError(f"'{file}' is no checkpoint of Q3.py: its {', '.join(wrong)} is missing or of the wrong kind")
     return checkpoint
@@ -1287,7 +1290,7 @@ class Training:
         try:
             if starts_from_probe(args) and not self.history:
                 loaders = [batches(self.photos, self.in_train, args.batch_size, f"features of {kind}", mirrored=mirrored)
-                           for kind, mirrored in (("training photos", False), ("mirrored ones", True))]
+                           for kind, mirrored in (("training photos", False), ("mirrored photos", True))]
                 self.finish_epoch(0, *probe(model, loaders, self.photos.labels[self.in_train].cpu()))
             learner = nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model  # with the first one's parameters
             for epoch in range(self.history[-1]["epoch"] + 1 if self.history else 1, args.epochs + 1):
@@ -1437,8 +1440,6 @@ def test(model: FineTuned, parts: dict[str, list[tuple[Path, int]]], cache: Path
         checkpoint = load_checkpoint(args.out / "best.pt")
         with fitting(args.out / "best.pt"):
             model.network.load_state_dict(checkpoint["model"])
-            if not 0.1 <= checkpoint["temperature"] <= 10.1:
-                raise ValueError("its temperature is impossible")
     for tensor in model.network.state_dict().values() if PROCESSES > 1 else ():
         distributed.broadcast(tensor, 0)
     try:
@@ -1451,12 +1452,10 @@ def test(model: FineTuned, parts: dict[str, list[tuple[Path, int]]], cache: Path
         return
 
     classes, labels = checkpoint["classes"], photos.labels.cpu()
-    scaled = logits / checkpoint["temperature"]
-    report = {"epoch": checkpoint["epoch"], "temperature": checkpoint["temperature"],
-              "calibration_error_unscaled": calibration_error(logits, labels), **test_report(scaled, labels, classes),
+    report = {"epoch": checkpoint["epoch"], **test_report(logits, labels, classes, checkpoint["temperature"]),
               "same_photos": print_same_photos(parts, args.data, args.out)}
     write_json(args.out / "test.json", report)
-    confidence, predicted = scaled.softmax(1).max(1)
+    confidence, predicted = (logits / checkpoint["temperature"]).softmax(1).max(1)
     write_csv(args.out / "predictions.csv", [
         {"path": file.relative_to(args.data / "val").as_posix(), "label": classes[label],
          "predicted": classes[guess], "confidence": f"{share:.6f}"}
@@ -1497,7 +1496,7 @@ def main(args: argparse.Namespace) -> None:
     precision = pick_precision(args.amp, device)
     synchronise = PROCESSES > 1 and not holds_batchnorm(args)
     if synchronise and device.type == "cpu":
-        raise InputError("BatchNorm's statistics are learnt with --recipe reference, or --weights none, and torch can't average "
+        raise InputError("BatchNorm's statistics are learnt with --recipe reference, --weights none and --from-scratch, and torch can't average "
                          "them over several CPU processes: use one process")
     if PROCESSES > 1:
         join_processes(device)

@@ -13,11 +13,13 @@ prints one of these tables:
     candidates    the tuned recipe with each part that was tried and left out
 
 Each run is one of Q3.py in a process of its own, with the changes listed here. A seed decides the split too, and is the same for all
-rows, so that differences are taken seed by seed: means over the seeds, and the 95 % interval of the mean difference (Student's t).
-Validation figures are of the best epoch, which chooses what is tested.
+rows, so that differences are taken seed by seed. Where rows are compared, the 95 % interval of their mean difference allows for other
+splits (Student's t over the seeds) and, on the test photos, for other photos (the spread of the difference over them). Validation
+figures are of the best epoch, which chooses what is tested; they decide what is part of the recipe, the test only reports.
 
 Runs are kept in --runs (without their checkpoints) and not made again: a benchmark that was stopped goes on, one that is done prints
-its table at once. Remove a run's folder to have it made by a newer version of the program.
+its table at once. Remove a run's folder to have it made by a newer version of the program. Two benchmarks must not fill the same
+folder at once.
 """
 
 import argparse
@@ -39,7 +41,7 @@ import Q3  # noqa: E402
 from dataset_split import exit_codes  # noqa: E402
 from Q3 import F, torch  # noqa: E402
 
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5 %, by number of seeds
+STUDENT = {1: 0.0, 2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5 %, by number of seeds
 
 
 # -- what is changed in Q3.py: name -> what takes its place -------------------------------------------------------------------------
@@ -62,7 +64,7 @@ def probe_without_mirrored(model, loaders, labels, probe=Q3.probe):
 def cut_and_mirrored(photos, places, cut=Q3.cut):
     """Every other crop of a trunk map, as its place falls, with left and right exchanged."""
     views = cut(photos, places)
-    return torch.where(((places[:, 0] * 1000).long() % 2 == 0).view(-1, 1, 1, 1), views.flip(2), views)
+    return torch.where(((places[:, 0] * 1000).long() % 2 == 0).view(-1, 1, 1, 1).to(views.device), views.flip(2), views)
 
 
 def smoothed(*args, loss=F.cross_entropy, **options):
@@ -70,26 +72,17 @@ def smoothed(*args, loss=F.cross_entropy, **options):
     return loss(*args, **options, label_smoothing=0.1 if options.get("reduction") == "none" else 0.0)
 
 
+def groups(model, lr_head, lr_backbone):
+    return [{"params": list(part.parameters()), "lr": rate, "initial_lr": rate} for part, rate in ((model.head, lr_head), (model.backbone, lr_backbone))]
+
+
 def with_decay(model, lr_head, lr_backbone):
-    groups = [{**group, "initial_lr": group["lr"]} for group in ({"params": list(model.head.parameters()), "lr": lr_head},
-                                                                 {"params": list(model.backbone.parameters()), "lr": lr_backbone})]
-    return torch.optim.AdamW(groups, fused=True, weight_decay=0.05)
+    return torch.optim.AdamW(groups(model, lr_head, lr_backbone), fused=True, weight_decay=1.0)
 
 
 def with_momentum(model, lr_head, lr_backbone):
-    """SGD, at a rate of 1e-3 for all layers."""
-    groups = [{"params": list(part.parameters()), "lr": 1e-3, "initial_lr": 1e-3} for part in (model.head, model.backbone)]
-    return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
-
-
-def finish_with_average(self, epoch, *figures, finish=Q3.Training.finish_epoch):
-    """Validate and keep, instead of an epoch's last weights, an exponential moving average over the steps."""
-    if epoch == 0:
-        return finish(self, epoch, *figures)
-    learnt = {name: value.clone() for name, value in self.model.network.state_dict().items()}
-    self.model.network.load_state_dict(AVERAGE)
-    finish(self, epoch, *figures)
-    self.model.network.load_state_dict(learnt)
+    """SGD, at a hundred times the rates that Adam has."""
+    return torch.optim.SGD(groups(model, 100 * lr_head, 100 * lr_backbone), momentum=0.9, nesterov=True)
 
 
 AVERAGE = {}
@@ -97,18 +90,30 @@ AVERAGE = {}
 
 def train_and_average(model, loader, optimizer, scaler, shares, totals, after_step, train_epoch=Q3.train_epoch):
     state = {name: value for name, value in model.network.state_dict().items() if value.is_floating_point()}
-    if AVERAGE.keys() != model.network.state_dict().keys():
-        AVERAGE.update({name: value.clone() for name, value in model.network.state_dict().items()})
+    if optimizer is not AVERAGE.get("of"):
+        AVERAGE.update(of=optimizer, steps=0, state={name: value.clone() for name, value in model.network.state_dict().items()})
 
     def average(losses):
+        AVERAGE["steps"] += 1
+        kept = min(0.98, (1 + AVERAGE["steps"]) / (10 + AVERAGE["steps"]))
         for name, value in state.items():
-            AVERAGE[name].lerp_(value, 0.02)
+            AVERAGE["state"][name].lerp_(value, 1 - kept)
         after_step(losses)
     train_epoch(model, loader, optimizer, scaler, shares, totals, average)
 
 
+def finish_with_average(self, epoch, *figures, finish=Q3.Training.finish_epoch):
+    """Validate and keep, instead of an epoch's last weights, an exponential moving average over the steps."""
+    if epoch == 0:
+        return finish(self, epoch, *figures)
+    learnt = {name: value.clone() for name, value in self.model.network.state_dict().items()}
+    self.model.network.load_state_dict(AVERAGE["state"])
+    finish(self, epoch, *figures)
+    self.model.network.load_state_dict(learnt)
+
+
 def train_on_mixtures(model, loader, optimizer, scaler, shares, totals, after_step, alpha=0.4):
-    """Mixup: each map mixed with another of the batch, and the loss with that of the other's label (Zhang et al., ICLR 2018)."""
+    """Each map mixed with another of the batch, and the loss with that of the other's label (Verma et al., Manifold Mixup, ICML 2019)."""
     model.train()
     for (maps, labels, count), share in zip(loader, shares, strict=True):
         for group in optimizer.param_groups:
@@ -117,8 +122,9 @@ def train_on_mixtures(model, loader, optimizer, scaler, shares, totals, after_st
         logits = model(maps.lerp(maps.flip(0), part))
         losses = F.cross_entropy(logits, labels, reduction="none").lerp(F.cross_entropy(logits, labels.flip(0), reduction="none"), part.float())
         optimizer.zero_grad()
-        (losses.sum() / count).backward()
-        optimizer.step()
+        scaler.scale(losses.sum() / count).backward()
+        scaler.step(optimizer)
+        scaler.update()
         totals += torch.stack([losses.detach().sum(), (logits.argmax(1) == labels).sum()])
         after_step(losses.detach())
 
@@ -140,7 +146,7 @@ def predict_twice(model, loader, layers=None, predict=Q3.predict):
     """Of a photo and its mirror image the mean confidence."""
     if layers is not None:
         return predict(model, loader, layers)
-    return ((predict(model, loader).softmax(1) + predict(model, loader.mirrored()).softmax(1)) / 2).log()
+    return torch.logaddexp(predict(model, loader).log_softmax(1), predict(model, loader.mirrored()).log_softmax(1)) - math.log(2)
 
 
 def probe_recalibrated(model, loaders, labels, probe=Q3.probe):
@@ -164,9 +170,9 @@ VARIANTS = {  # name: (flags of Q3.py, what is changed in it)
     "published": ([], {"main": benchmark_published_run.train_and_test}),
     "linear probe": (["--freeze", "9", "--epochs", "1", "--lr-head", "1e-12"], {}),
     "from scratch": (["--from-scratch"], {}),
-    **{f"freeze {freeze}": (["--freeze", str(freeze)], {}) for freeze in (9, 8, 7, 6, 4, 0)},
+    **{f"freeze {freeze}": (["--freeze", str(freeze)], {}) for freeze in (9, 8, 7, 4, 0)},
     "whole photos squashed to a square": ([], {"BORDER": None}),
-    "fc from noise": (USUAL_RATES, {"starts_from_probe": lambda args: False, "holds_batchnorm": lambda args: True}),
+    "fc from noise, at the reference's learning rates": (USUAL_RATES, {"starts_from_probe": lambda args: False, "holds_batchnorm": lambda args: True}),
     "start of fc without mirrored photos": ([], {"probe": probe_without_mirrored}),
     "without crops": ([], {"CROP": 1.0}),
     "BatchNorm's statistics learnt": ([], {"holds_batchnorm": lambda args: False}),
@@ -177,14 +183,14 @@ VARIANTS = {  # name: (flags of Q3.py, what is changed in it)
     "crops of pixels": ([], {"Photos.look": look_at_cropped_pixels}),
     "mirrored maps": ([], {"cut": cut_and_mirrored}),
     "label smoothing": ([], {"F.cross_entropy": smoothed}),
-    "AdamW, decay 0.05": ([], {"build_optimizer": with_decay}),
-    "SGD": ([], {"build_optimizer": with_momentum}),
+    "AdamW, decay 1": ([], {"build_optimizer": with_decay}),
+    "SGD with momentum": ([], {"build_optimizer": with_momentum}),
     "moving average of the weights": ([], {"Training.finish_epoch": finish_with_average, "train_epoch": train_and_average}),
-    "mixup": ([], {"train_epoch": train_on_mixtures}),
+    "mixed maps": ([], {"train_epoch": train_on_mixtures}),
     "BatchNorm recalibrated": ([], {"batches": Again, "probe": probe_recalibrated}),
     "mean of photo and mirror image": ([], {"batches": Again, "predict": predict_twice}),
 }
-INGREDIENTS = ["whole photos squashed to a square", "fc from noise", "start of fc without mirrored photos", "without crops",
+INGREDIENTS = ["whole photos squashed to a square", "fc from noise, at the reference's learning rates", "start of fc without mirrored photos", "without crops",
                "BatchNorm's statistics learnt", "the reference's learning rates", "constant learning rates"]
 CANDIDATES = list(VARIANTS)[list(VARIANTS).index("border of 4/232 instead of 1/16"):]
 
@@ -199,6 +205,7 @@ def job(variant: str, words: list[str], out: Path) -> None:
             owner, _, name = name.rpartition(".")
             stack.enter_context(patch.object(getattr(Q3, owner) if owner else Q3, name, value))
         stack.enter_context(exit_codes())
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         Q3.main(Q3.get_args(words))
     seconds, memory = time.perf_counter() - start, 0.0
     if torch.cuda.is_available():
@@ -225,20 +232,26 @@ def run(args: argparse.Namespace, variant: str, fraction: float, seed: int) -> d
     out = args.runs / f"{variant.replace('/', '-')}, {fraction:g}, {args.image_size} px, {args.epochs or 'all'} epochs, seed {seed}"
     if not (out / "cost.json").exists():
         shutil.rmtree(out, ignore_errors=True)
-        words = ["--data", args.data, "--weights", args.weights, "--fraction", fraction, "--seed", seed, "--image-size", args.image_size,
-                 *(["--epochs", args.epochs] if args.epochs else []), *(["--cache", args.cache] if args.cache else ["--no-cache"]), "--out", out]
-        if variant == "from scratch":
-            del words[2:4]
+        words = ["--data", args.data, "--fraction", fraction, "--seed", seed, "--image-size", args.image_size, "--out", out,
+                 *([] if variant == "from scratch" else ["--weights", args.weights]), *(["--epochs", args.epochs] if args.epochs else []),
+                 *(["--cache", args.cache] if args.cache else ["--no-cache"])]
         print(f"{variant}, fraction {fraction:g}, seed {seed}", file=sys.stderr, flush=True)
-        with contextlib.redirect_stdout(sys.stderr):
-            apart(job, variant, [*map(str, words), *VARIANTS[variant][0]], out)
-    with open(out / "history.csv") as stream:
-        history = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
+        apart(job, variant, [*map(str, words), *VARIANTS[variant][0]], out)
+    history, predictions = (read_csv(out / name) for name in ("history.csv", "predictions.csv"))
     report, cost, config = (json.loads((out / name).read_text()) for name in ("test.json", "cost.json", "config.json"))
-    return {**cost, "history": history, "val": max(row["val_acc"] for row in history), "last": history[-1]["val_acc"],
-            "test": report["accuracy"], "calibration": report.get("calibration_error", math.nan), "unscaled": report.get("calibration_error_unscaled", math.nan),
+    for name, expected in (("data", args.data), ("weights", args.weights)):
+        if config["options"][name] not in (str(expected), "none"):
+            sys.exit(f"'{out}' was made with --{name} {config['options'][name]}: give another --runs")
+    history = [{key: float(value) for key, value in row.items()} for row in history]
+    return {**cost, "history": history, "val": max(row["val_acc"] for row in history), "test": report["accuracy"], "right": [row["label"] == row["predicted"] for row in predictions],
+            "calibration": report["calibration_error"], "unscaled": report["calibration_error_unscaled"],
             "epochs": sum(row["seconds"] for row in history), "epoch": statistics.median(row["seconds"] for row in history[-5:]),
             "parameters": config["trainable_parameters"], "photos": config["photos"]["train"]}
+
+
+def read_csv(file: Path) -> list[dict]:
+    with open(file, newline="") as stream:
+        return list(csv.DictReader(stream))
 
 
 # -- tables -------------------------------------------------------------------------------------------------------------------------
@@ -250,10 +263,12 @@ def mean(runs: list[dict], key: str) -> float:
 def ahead(runs: list[dict], others: list[dict], key: str = "test") -> str:
     """Mean of the differences, seed by seed, and its 95 % interval, in percentage points."""
     values = [run[key] - other[key] for run, other in zip(runs, others, strict=True)]
-    if len(values) < 2:
-        return f"{100 * values[0]:+.1f}"
-    half = STUDENT.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{100 * statistics.mean(values):+.1f} ± {100 * half:.1f}"
+    half = STUDENT.get(len(values), 2.26) * (statistics.stdev(values) if len(values) > 1 else 0) / math.sqrt(len(values))
+    if key == "test":
+        photos = [sum(of_photo) / len(values) for of_photo in zip(*(
+            [one - other for one, other in zip(run["right"], against["right"], strict=True)] for run, against in zip(runs, others)))]
+        half = math.hypot(half, 1.96 * statistics.stdev(photos) / math.sqrt(len(photos)))
+    return f"{100 * statistics.mean(values):+.1f}" + (f" ± {100 * half:.1f}" if half else "")
 
 
 def print_table(head: str, rows: list[list]) -> None:
@@ -297,11 +312,12 @@ def scratch(args: argparse.Namespace, runs_of) -> None:
 def freezing(args: argparse.Namespace, runs_of) -> None:
     rows = []
     for fraction in args.fraction:
-        usual = runs_of("freeze 6", fraction)
-        for name in (name for name in VARIANTS if name.startswith("freeze")):
+        usual = runs_of("tuned", fraction)
+        for depth in (9, 8, 7, 6, 4, 0):
+            name = "tuned" if depth == 6 else f"freeze {depth}"
             runs = runs_of(name, fraction)
-            rows.append([name.split()[1], f"{runs[0]['parameters']:,}", f"{mean(runs, 'val'):.4f}", f"{mean(runs, 'test'):.4f}",
-                         "" if name == "freeze 6" else ahead(runs, usual), f"{statistics.median(run['epoch'] for run in runs):.1f}",
+            rows.append([depth, f"{runs[0]['parameters']:,}", f"{mean(runs, 'val'):.4f}", f"{mean(runs, 'test'):.4f}",
+                         "" if runs is usual else ahead(runs, usual), f"{statistics.median(run['epoch'] for run in runs):.1f}",
                          f"{statistics.median(run['seconds'] for run in runs):.0f}", f"{max(run['memory_gb'] for run in runs):.1f} GB"])
     print_table("frozen children | parameters that learn | validation | test | against 6 | seconds an epoch | whole job | peak memory", rows)
 
@@ -316,12 +332,12 @@ def data(args: argparse.Namespace, runs_of) -> None:
 def changes(args: argparse.Namespace, runs_of, names: list[str]) -> None:
     for fraction in args.fraction:
         tuned, rows = runs_of("tuned", fraction), []
-        for name in ["tuned", *(args.variants or names)]:
+        for name in ["tuned", *(name for name in args.variants or names if name != "tuned")]:
             runs = runs_of(name, fraction)
-            rows.append([name, f"{mean(runs, 'last'):.4f}", f"{mean(runs, 'val'):.4f}", f"{mean(runs, 'test'):.4f}",
-                         "" if runs is tuned else ahead(runs, tuned), f"{100 * mean(runs, 'calibration'):.1f} %",
+            against = ["", ""] if runs is tuned else [ahead(runs, tuned, "val"), ahead(runs, tuned)]
+            rows.append([name, f"{mean(runs, 'val'):.4f}", against[0], f"{mean(runs, 'test'):.4f}", against[1], f"{100 * mean(runs, 'calibration'):.1f} %",
                          f"{statistics.median(run['epochs'] for run in runs):.0f}"])
-        print_table(f"{tuned[0]['photos']:,} training photos | validation, last epoch | best epoch | test | against tuned | "
+        print_table(f"{tuned[0]['photos']:,} training photos | validation | against tuned | test | against tuned | "
                     "calibration error | epochs' seconds", rows)
 
 
@@ -347,6 +363,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
+    args.seeds = list(dict.fromkeys(args.seeds))
+    if args.variants and args.table not in ("recipes", "ingredients", "candidates"):
+        sys.exit(f"--variants: the table '{args.table}' has all its rows; it goes with recipes, ingredients and candidates")
     args.fraction = args.fraction or ([0.05, 0.1, 0.25, 0.5, 1.0] if args.table == "data" else [0.25])
     known = {}
 

@@ -3,7 +3,7 @@
 
     python tests/benchmark_published_run.py --data inaturalist_12k --weights resnet50.pth
 
-takes the options of Q3.py. The protocol is that of `Q3.py --recipe reference`, written as the usual plain loop, in float32. The faults
+takes the options of Q3.py that choose photos, weights, epochs and --out. The protocol is that of `Q3.py --recipe reference`, written as the usual plain loop, in float32. The faults
 are the published ones: layer3 is meant to learn and is in no optimiser group, so it never moves (its gradients, which changed
 nothing, are not even computed here); and model.train() reaches the frozen layers too, so their BatchNorm statistics drift with
 every batch.
@@ -17,15 +17,18 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-from benchmark_training import one_pass  # noqa: E402
-from dataset_split import exit_codes, find_data, labelled, list_photos, split, write_csv, write_json  # noqa: E402
-from Q3 import build_network, get_args, pick_device  # noqa: E402
+from benchmark_training import Photos, one_pass  # noqa: E402
+from dataset_split import InputError, exit_codes, find_data, labelled, list_photos, split, write_csv, write_json  # noqa: E402
+from Q3 import build_network, get_args, pick_device, test_report  # noqa: E402
 
 
 def train_and_test(args: argparse.Namespace) -> None:
     """Print the table; leave history.csv, test.json and config.json in the folder --out, if there is one."""
+    if args.image_size != 224 or args.batch_size != 64:
+        raise InputError("the published run has photos of 224 x 224 and batches of 64: leave --image-size and --batch-size out")
     data = find_data(args.data)
     manifest = split(list_photos(data / "train"), args.fraction, args.val_fraction, args.seed)
     train, val = (labelled(data / "train", manifest[part], manifest["classes"]) for part in ("train", "val"))
@@ -50,13 +53,20 @@ def train_and_test(args: argparse.Namespace) -> None:
         history.append({"epoch": epoch, "train_loss": train_loss, "train_acc": train_acc, "val_loss": val_loss, "val_acc": val_acc,
                         "seconds": time.perf_counter() - start})
     model.load_state_dict(best_state)
-    loss, accuracy = one_pass(model, [], test, device)
-    print(f"Test of the best epoch: loss {loss:.4f}, accuracy {accuracy:.4f}")
+    model.eval()
+    with torch.no_grad():
+        logits = torch.cat([model(images.to(device)).cpu() for images, _ in DataLoader(Photos(test), batch_size=64)])
+    report = {"epoch": max(history, key=lambda row: row["val_acc"])["epoch"],
+              **test_report(logits, torch.tensor([label for _, label in test]), manifest["classes"])}
+    print(f"Test of the best epoch: loss {report['loss']:.4f}, accuracy {report['accuracy']:.4f}")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         write_csv(args.out / "history.csv", history)
-        write_json(args.out / "test.json", {"photos": len(test), "loss": loss, "accuracy": accuracy})
+        write_csv(args.out / "predictions.csv", [{"label": manifest["classes"][label], "predicted": manifest["classes"][guess]}
+                                                 for (_, label), guess in zip(test, logits.argmax(1).tolist())])
+        write_json(args.out / "test.json", report)
         write_json(args.out / "config.json", {"photos": {"train": len(train), "val": len(val), "test": len(test)},
+                                              "options": {"data": str(args.data), "weights": args.weights},
                                               "trainable_parameters": sum(value.numel() for value in model.parameters() if value.requires_grad)})
 
 

@@ -235,7 +235,7 @@ def test_each_step_is_made_with_its_rate(quick_run, monkeypatch):
     assert used == [[1.0] * 3] * 2 and {row["lr_backbone"] for row in rows} == {"0.0001"}
 
 
-@pytest.mark.parametrize("flags, rates", [((), (1e-4, 1e-5)), (("--recipe", "reference"), (1e-3, 1e-4)), (("--weights", "none"), (1e-3, 1e-4)),
+@pytest.mark.parametrize("flags, rates", [((), (1e-4, 1e-5)), (("--recipe", "reference"), (1e-3, 1e-4)), (("--weights", "none"), (1e-3, 1e-4)), (("--from-scratch",), (1e-3, 1e-3)),
                                           (("--lr-head", "0.5"), (0.5, 1e-5)), (("--lr-backbone", "0.5"), (1e-4, 0.5))])
 def test_default_learning_rates_are_those_of_the_start_of_the_head(flags, rates):
     args = Q3.get_args(list(flags))
@@ -257,6 +257,14 @@ def test_head_starts_from_logistic_regression(small_network):
     weight, bias = (value.detach().clone().requires_grad_() for value in model.head.parameters())
     (nn.functional.cross_entropy(features @ weight.T + bias, photos.labels.repeat(2)) + Q3.PENALTY * (weight * scale).square().sum()).backward()
     assert bias.grad.abs().max() < 1e-3 and (weight.grad / scale).abs().max() < 1e-2
+
+
+def test_mirrored_photos_have_left_and_right_exchanged(small_network):
+    photos = photos_of(torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8), torch.arange(3))
+    everything = torch.arange(3)
+    photos.keep(6, 10.0)
+    assert torch.allclose(photos.look(everything, mirrored=True)[0], photos.model.maps(photos.pixels[everything].flip(2)), atol=1e-5)
+    assert not torch.allclose(photos.look(everything, mirrored=True)[0], photos.look(everything)[0], atol=0.1)
 
 
 def test_row_of_epoch_0_is_the_network_before_its_first_step(quick_run, shared_data, monkeypatch):
@@ -423,7 +431,7 @@ def test_metrics_do_not_depend_on_the_batches(small_network):
     (65, 64, [33, 32]), (128, 64, [64, 64]), (5, 64, [5]), (1999, 64, [63] * 15 + [62] * 17), (3, 1, [1, 1, 1])])
 def test_batches_share_the_photos_evenly(photos, batch_size, sizes):
     class Looked:
-        def look(self, which, places):
+        def look(self, which, places, mirrored):
             return places, which
     which, places = torch.arange(photos).flip(0), torch.rand(photos, 2)
     seen = list(Q3.batches(Looked(), which, batch_size, "", places))
@@ -855,13 +863,15 @@ def test_temperature_of_few_photos_stays_near_1():
     assert 1 < Q3.temperature_of(2 * torch.eye(3), torch.tensor([1, 2, 0])) < 3
 
 
-def test_confidence_is_that_of_scaled_logits_and_the_validation_photos_decide_the_scale(quick_run, monkeypatch, capsys):
-    monkeypatch.setattr(Q3, "temperature_of", lambda logits, labels, temperatures=iter([2.0, 4.0]): next(temperatures))
-    monkeypatch.setattr(Q3, "loss_and_accuracy", lambda *_, results=iter([(1.0, 0.1), (1.0, 0.1), (0.9, 0.9), (1.0, 1.0)]): next(results))
+def test_confidence_is_that_of_scaled_logits_and_the_validation_photos_decide_the_scale(quick_run, shared_data, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(Q3, "temperature_of", lambda logits, labels, temperatures=iter([2.0, 4.0]): (seen.append(labels), next(temperatures))[1])
+    monkeypatch.setattr(Q3, "loss_and_accuracy", lambda *_, results=iter([(1.0, 0.1), (1.0, 0.9), (0.9, 0.8), (1.0, 1.0)]): next(results))
     out = quick_run("tuned")
-    report = json.loads((out / "test.json").read_text())
-    assert load(out / "best.pt")["temperature"] == load(out / "last.pt")["temperature"] == report["temperature"] == 4.0
-    assert f"Confidence is off by {100 * report['calibration_error']:.1f} %" in capsys.readouterr().out
+    report, split = json.loads((out / "test.json").read_text()), json.loads((out / "split.json").read_text())
+    assert all([split["classes"][label] for label in labels] == [path.split("/")[0] for path in split["val"]] for labels in seen)
+    assert load(out / "best.pt")["temperature"] == report["temperature"] == 2.0 and load(out / "last.pt")["temperature"] == 4.0
+    assert f"Confidence is off by {100 * report['calibration_error']:.1f} points" in capsys.readouterr().out
     assert report["calibration_error"] != report["calibration_error_unscaled"]
 
 
@@ -888,6 +898,7 @@ def test_from_scratch_a_small_network_learns_all_of_itself(shared_data, capsys):
     assert (options["weights"], options["freeze"], options["lr_head"], options["lr_backbone"]) == ("none", 0, 1e-3, 1e-3)
     assert checkpoint["architecture"] == "small_cnn" and checkpoint["history"][0]["epoch"] == 1
     assert "a small CNN from scratch" in said and "393,875 trainable, 0 frozen" in said
+    torch.manual_seed(0)
     network = Q3.small_cnn(3)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     network.load_state_dict(checkpoint["model"])
@@ -917,7 +928,7 @@ def test_from_scratch_is_resumed_and_its_weights_are_no_resnet50s(shared_data, r
         interrupt(patch, "train_epoch", 2)
         assert call("Q3.py", *flags, "--out", "out") == 130
     assert call("Q3.py", "--resume", "out") == 0
-    assert Path("out/predictions.csv").read_text() == Path("whole/predictions.csv").read_text()
+    assert benchmark_kills.equal(finished(Path("out")), finished(Path("whole")))
     assert "is not of a ResNet50" in refused("Q3.py", "--data", shared_data, *QUICK[2:], "--weights", "out/best.pt")
 
 
@@ -1255,7 +1266,7 @@ def left_alone(shared_data, small_weights, tmp_path_factory):
 
 @pytest.mark.parametrize("recipe", ["tuned", "reference"])
 @pytest.mark.parametrize("name, call_number, number, reached", [
-    ("decode", 1, signal.SIGTERM, "from the start"), ("features of", 1, signal.SIGINT, "from the start"), ("step", 2, signal.SIGINT, "epoch 0 and 2 steps"),
+    ("decode", 1, signal.SIGTERM, "from the start"), ("features of", 1, signal.SIGINT, "from the start"), ("features of", 2, signal.SIGHUP, "from the start"), ("step", 2, signal.SIGINT, "epoch 0 and 2 steps"),
     ("step", 4, signal.SIGTERM, "epoch 1 and 1 steps"), ("validation", 2, signal.SIGTERM, "and 3 steps"), ("write_csv", 1, signal.SIGINT, "and 0 steps"),
     ("test_report", 1, signal.SIGINT, None), ("decode", 2, signal.SIGINT, "at the end: only the test is left")])
 def test_interrupted_run_goes_on_as_if_nothing_had_been(small_network, shared_data, left_alone, monkeypatch, capsys, recipe, name, call_number, number, reached):
@@ -1269,10 +1280,10 @@ def test_interrupted_run_goes_on_as_if_nothing_had_been(small_network, shared_da
                 train_epoch(*args[:-1], after_step)
             patch.setattr(Q3, "train_epoch", train_epoch)
         elif name in ("features of", "validation"):
-            def batches(photos, which, size, title, *rest, batches=Q3.batches, calls=iter(range(1, 99))):
+            def batches(photos, which, size, title, *rest, batches=Q3.batches, calls=iter(range(1, 99)), **options):
                 if title.startswith(name) and next(calls) == call_number:
                     os.kill(os.getpid(), number)
-                return batches(photos, which, size, title, *rest)
+                yield from batches(photos, which, size, title, *rest, **options)
             patch.setattr(Q3, "batches", batches)
         else:
             interrupt(patch, name, call_number, [number])
@@ -1424,11 +1435,12 @@ def changed(file: Path, **values) -> None:
     (lambda data, out: changed(out / "best.pt", epoch=7), "is not of epoch 1, the best so far"),
     (lambda data, out: other_run(out), "last.pt' and config.json are of different runs: they differ in seed"),
     (lambda data, out: changed(out / "best.pt", classes=["cat", "dog"]), "best.pt' and config.json are of different runs: they differ in the classes"),
-    (lambda data, out: changed(out / "last.pt", format=2), "has checkpoint format 2, this version of Q3.py reads 3"),
+    (lambda data, out: changed(out / "last.pt", format=2), f"has checkpoint format 2, this version of Q3.py reads {Q3.CHECKPOINT_FORMAT}"),
     (lambda data, out: changed(out / "last.pt", optimizer={}), "last.pt' is of another run or damaged"),
     (lambda data, out: changed(out / "last.pt", model={}), "last.pt' is of another run or damaged"),
     (lambda data, out: changed(out / "last.pt", history=[{"epoch": 1}]), "its history is no table"),
     (lambda data, out: changed(out / "last.pt", step="two"), "its step is missing or of the wrong kind"),
+    (lambda data, out: changed(out / "last.pt", temperature=0.0), "its temperature is missing or of the wrong kind"),
     (lambda data, out: torch.save(load(out / "last.pt")["model"], out / "last.pt"), "a state dict, which --weights takes"),
     (lambda data, out: torch.save([1], out / "last.pt"), "no checkpoint of Q3.py but a list"),
     (lambda data, out: torch.save(Malicious(), out / "last.pt"), "holds code (exec), not only tensors and plain values"),

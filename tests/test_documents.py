@@ -1,5 +1,6 @@
 """The documents: links that point at what they name, and commands and options that exist."""
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -17,6 +18,8 @@ from conftest import ROOT
 from test_Q3 import read_csv
 
 DOCUMENTS = ("README.md", "Q1.md", "Q2.md")
+BENCHMARKS = {**{module.__name__: module.get_args_parser() for module in (benchmark_accuracy, benchmark_freezing, benchmark_kills, benchmark_training)},
+              "benchmark_published_run": Q3.get_args_parser()}
 PARSERS = {"Q3.py": Q3.get_args_parser(), "dataset_split.py": dataset_split.get_args_parser()}
 
 
@@ -37,9 +40,14 @@ def test_every_command_of_the_readme_is_one_the_scripts_accept():
             PARSERS[script].parse_args(words)
 
 
+def test_every_benchmark_command_of_the_documents_is_one_that_the_benchmark_accepts():
+    for document in DOCUMENTS:
+        for script, rest in re.findall(r"python tests/(benchmark_\w+)\.py( [^#`;&]*)?`", (ROOT / document).read_text()):
+            BENCHMARKS[script].parse_args(shlex.split(rest))
+
+
 def test_every_option_that_the_documents_name_exists():
-    parsers = (*PARSERS.values(), benchmark_training.get_args_parser(), benchmark_accuracy.get_args_parser(),
-               benchmark_freezing.get_args_parser(), benchmark_kills.get_args_parser(), get_torchruns_parser())
+    parsers = (*PARSERS.values(), *BENCHMARKS.values(), get_torchruns_parser())
     known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings} | {"--hypothesis-profile"}
     for document in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / document).read_text()))
@@ -78,6 +86,13 @@ def test_each_change_to_the_recipe_changes_something(accuracy_table):
     losses = {run.name: [row["val_loss"] + row["train_loss"] for row in read_csv(run / "history.csv")] for run in Path("runs/benchmark_accuracy").iterdir()}
     usual = losses.pop("tuned, 1, 32 px, 1 epochs, seed 0")
     assert len(losses) == len(benchmark_accuracy.INGREDIENTS + benchmark_accuracy.CANDIDATES) and not [name for name, others in losses.items() if others == usual]
+
+
+def test_runs_of_a_benchmark_are_made_in_processes_of_their_own():
+    benchmark_accuracy.apart(os.mkdir, "made")
+    assert Path("made").is_dir()
+    with pytest.raises(SystemExit):
+        benchmark_accuracy.apart(os.mkdir, "made")
 
 
 def test_tables_of_other_networks_and_depths(accuracy_table):
