@@ -761,12 +761,12 @@ def test_crops_reach_every_corner_and_show_what_lies_there():
 
 def test_test_and_validation_photos_are_seen_whole(quick_run, monkeypatch):
     looks = []
-    def recorded(self, which, places=None, look=Q3.Photos.look):
+    def recorded(self, which, places=None, mirrored=False, look=Q3.Photos.look):
         looks.append((len(which), places is not None))
-        return look(self, which, places)
+        return look(self, which, places, mirrored)
     monkeypatch.setattr(Q3.Photos, "look", recorded)
     quick_run("out", "--batch-size", 100)
-    assert looks == [(1, False), (30, False), (24, False), (6, False), (24, True), (6, False), (12, False)]
+    assert looks == [(1, False), (30, False), (24, False), (24, False), (6, False), (24, True), (6, False), (12, False)]
     looks.clear()
     quick_run("reference", "--batch-size", 100, "--recipe", "reference")
     assert looks == [(1, False), (30, False), (24, False), (6, False), (12, False)]
