@@ -143,7 +143,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     lr_head, lr_backbone = (1e-3, 1e-3) if args.from_scratch else (1e-4, 1e-5) if starts_from_probe(args) else (1e-3, 1e-4)
     args.lr_head, args.lr_backbone = args.lr_head or lr_head, args.lr_backbone or lr_backbone
     args.epochs = args.epochs or (40 if args.from_scratch else 5)
-    if not holds_batchnorm(args) and not args.from_scratch and args.image_size <= (48 if args.recipe == "tuned" else 32) and args.batch_size <= 2:
+    smallest = 48 if args.recipe == "tuned" else 32  # pixels that leave a ResNet50's layer4 a map of one place
+    if not holds_batchnorm(args) and not args.from_scratch and args.image_size <= smallest and args.batch_size <= 2:
         parser.error(f"--batch-size {args.batch_size} with --image-size {args.image_size} can leave layer4's BatchNorm a "
                      "single value to take the mean of: raise one of them")
     return args
@@ -1226,7 +1227,8 @@ class Training:
             on_first(self.write, totals, names)
 
     def write(self, totals: torch.Tensor, names: tuple[str, ...]) -> None:
-        checkpoint = {"format": CHECKPOINT_FORMAT, "architecture": "small_cnn" if self.args.from_scratch else "resnet50", "model": self.model.network.state_dict(),
+        checkpoint = {"format": CHECKPOINT_FORMAT, "architecture": "small_cnn" if self.args.from_scratch else "resnet50",
+                      "model": self.model.network.state_dict(),
                       **{key: self.config[key] for key in ("classes", "preprocessing", "options")},
                       "epoch": self.history[-1]["epoch"] if self.history else 0, "history": self.history, "step": self.step,
                       "totals": totals, "seconds": self.seconds, "temperature": self.temperature, "checksums": self.checksums,
@@ -1496,8 +1498,8 @@ def main(args: argparse.Namespace) -> None:
     precision = pick_precision(args.amp, device)
     synchronise = PROCESSES > 1 and not holds_batchnorm(args)
     if synchronise and device.type == "cpu":
-        raise InputError("BatchNorm's statistics are learnt with --recipe reference, --weights none and --from-scratch, and torch can't average "
-                         "them over several CPU processes: use one process")
+        raise InputError("BatchNorm's statistics are learnt with --recipe reference, --weights none and --from-scratch, and torch "
+                         "can't average them over several CPU processes: use one process")
     if PROCESSES > 1:
         join_processes(device)
     torch.backends.cudnn.deterministic = True  # the same seed, the same run

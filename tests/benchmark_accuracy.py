@@ -167,7 +167,7 @@ USUAL_RATES = ["--lr-head", "1e-3", "--lr-backbone", "1e-4"]
 VARIANTS = {  # name: (flags of Q3.py, what is changed in it)
     "tuned": ([], {}),
     "reference": (["--recipe", "reference"], {}),
-    "published": ([], {"main": benchmark_published_run.train_and_test}),
+    "published, float32": ([], {"main": benchmark_published_run.train_and_test}),
     "linear probe": (["--freeze", "9", "--epochs", "1", "--lr-head", "1e-12"], {}),
     "from scratch": (["--from-scratch"], {}),
     **{f"freeze {freeze}": (["--freeze", str(freeze)], {}) for freeze in (9, 8, 7, 4, 0)},
@@ -281,7 +281,7 @@ def recipes(args: argparse.Namespace, runs_of) -> None:
     rows = []
     for fraction in args.fraction:
         tuned = runs_of("tuned", fraction)
-        for name in args.variants or ["published", "reference", "tuned"]:
+        for name in args.variants or ["published, float32", "reference", "tuned"]:
             runs = runs_of(name, fraction)
             rows.append([name, f"{runs[0]['photos']:,}", f"{mean(runs, 'val'):.4f}", f"{mean(runs, 'test'):.4f}",
                          *(["", ""] if runs is tuned else [ahead(tuned, runs), f"{(1 - mean(tuned, 'test')) / (1 - mean(runs, 'test')):.2f}"]),

@@ -906,7 +906,7 @@ def test_from_scratch_a_small_network_learns_all_of_itself(shared_data, capsys):
     assert sum(isinstance(layer, nn.Conv2d) for layer in network.modules()) == 5
 
 
-def test_small_cnn_takes_any_size(tmp_path):
+def test_small_cnn_takes_any_size():
     for size in (23, 32, 224):
         assert Q3.FineTuned(Q3.small_cnn(7), 0)(torch.zeros(2, 3, size, size)).shape == (2, 7)
 

@@ -1,5 +1,6 @@
 """The documents: links that point at what they name, and commands and options that exist."""
 
+import json
 import os
 import re
 import shlex
@@ -15,7 +16,6 @@ import benchmark_training
 import dataset_split
 import Q3
 from conftest import ROOT
-from test_Q3 import read_csv
 
 DOCUMENTS = ("README.md", "Q1.md", "Q2.md")
 BENCHMARKS = {**{module.__name__: module.get_args_parser() for module in (benchmark_accuracy, benchmark_freezing, benchmark_kills, benchmark_training)},
@@ -83,9 +83,16 @@ def test_each_change_to_the_recipe_changes_something(accuracy_table):
         printed, made = accuracy_table(table, "--fraction", "1", "--seeds", "0")
         assert [line.split(" | ")[0] for line in printed.splitlines()[2:]] == [f"| {name}" for name in ["tuned", *names]]
         assert made == [*["tuned"] * (table == "ingredients"), *names]
-    losses = {run.name: [row["val_loss"] + row["train_loss"] for row in read_csv(run / "history.csv")] for run in Path("runs/benchmark_accuracy").iterdir()}
+    losses = {run.name: [row["val_loss"] + row["train_loss"] for row in benchmark_accuracy.read_csv(run / "history.csv")] for run in Path("runs/benchmark_accuracy").iterdir()}
     usual = losses.pop("tuned, 1, 32 px, 1 epochs, seed 0")
     assert len(losses) == len(benchmark_accuracy.INGREDIENTS + benchmark_accuracy.CANDIDATES) and not [name for name, others in losses.items() if others == usual]
+
+
+def test_published_run_is_a_row_of_the_same_table(accuracy_table, shared_data):
+    table, made = accuracy_table("recipes", "--image-size", "224", "--fraction", "1", "--seeds", "0", "--variants", "published, float32", "tuned")
+    assert made == ["tuned", "published, float32"] and re.search(r"^\| published, float32 \| 24 \| .* ± ", table, re.MULTILINE) and "nan" not in table
+    report, = Path("runs/benchmark_accuracy").glob("published*/test.json")
+    assert json.loads(report.read_text())["photos"] == 12
 
 
 def test_runs_of_a_benchmark_are_made_in_processes_of_their_own():
