@@ -806,14 +806,16 @@ class Photos:
 
 
 def cut(photos: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """A square of each photo or trunk map, CROP times as high and wide: (views, side, side, channels) -> the same.
+    """A square of each photo or trunk map, CROP times as high and wide but not of a single place, whose gradients oneDNN gets wrong
+    in bfloat16 (a 3 x 3 convolution of stride 2): (views, side, side, channels) -> the same.
 
     The trunk has stride 8, so that a crop of its map is, but for the borders, the map of a crop of the photo.
 
     Args:
         places: float32 (views, 2), from 0 (at the top, on the left) to 1.
     """
-    side, kept = photos.shape[1], max(1, round(CROP * photos.shape[1]))
+    side = photos.shape[1]
+    kept = max(min(2, side), round(CROP * side))
     corners = (places * (side - kept + 1)).long()
     rows, columns = send(corners[:, :, None] + torch.arange(kept), photos.device).unbind(1)  # (views, kept)
     views = send(torch.arange(len(photos)), photos.device)

@@ -756,7 +756,7 @@ def test_crops_reach_every_corner_and_show_what_lies_there():
     assert corners.tolist() == [0, 1, 2, 7, 8, 9, 14, 15, 16] and counts.min() > 350
     assert torch.equal(crops[:, :, :, 0] - crops[:, :1, :1, 0], photo[:, :5, :5, 0].expand(4000, 5, 5))
     assert Q3.cut(torch.stack([photo[0], 100 + photo[0]]), torch.zeros(2, 2))[:, 0, 0, 0].tolist() == [0, 100]
-    assert Q3.cut(photo[:, :1, :1], places[:1]).shape == (1, 1, 1, 1)
+    assert Q3.cut(photo[:, :1, :1], places[:1]).shape == (1, 1, 1, 1) and Q3.cut(photo[:, :2, :2], places[:1]).shape == (1, 2, 2, 1)
 
 
 def test_test_and_validation_photos_are_seen_whole(quick_run, monkeypatch):
