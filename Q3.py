@@ -896,10 +896,17 @@ def predict(model: FineTuned, loader, layers=None) -> torch.Tensor:
 def temperature_of(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """What to divide logits by, so that a confidence of 80 % is right four times of five: what gives these photos, which the network
     has not learnt from, the lowest loss (Guo et al., On Calibration of Modern Neural Networks, ICML 2017). From 0.1 to 10; the second
-    term keeps it near 1 if the photos are few."""
+    term keeps it near 1 if the photos are few (30 of them say less than the logits as they are)."""
     candidates = torch.logspace(-1, 1, 401)
-    losses = [F.cross_entropy(logits / each, labels) + each.log().square() / len(labels) for each in candidates]
+    losses = [F.cross_entropy(logits / each, labels) + 10 * each.log().square() / len(labels) for each in candidates]
     return candidates[torch.stack(losses).argmin()].item()
+
+
+def spread_of(features: torch.Tensor) -> torch.Tensor:
+    """What logistic regression divides these centred features (photos, features) by: the geometric mean of each one's deviation and
+    of that of all. So PENALTY means the same for any network, and what varies little counts for more, but not for as much as the rest."""
+    overall = features.std()
+    return (overall * (features.std(0) + overall / 1000)).sqrt()
 
 
 def probe(model: FineTuned, loaders, labels: torch.Tensor) -> tuple[float, float]:
@@ -919,8 +926,8 @@ def probe(model: FineTuned, loaders, labels: torch.Tensor) -> tuple[float, float
     features = torch.cat([predict(model, loader, model.features) for loader in loaders])  # (loaders * photos, 2048)
     count, labels = len(labels), labels.repeat(len(loaders))
     centre = features.mean(0)
-    spread = features.sub_(centre).std()  # one for all features, so that PENALTY means the same for any network
-    if not 0 < spread < math.inf:
+    spread = spread_of(features.sub_(centre))
+    if not (0 < spread.min() and spread.max() < math.inf):
         raise InputError("the network makes no finite numbers of the training photos, or the same of all: check --weights, or "
                          "try --amp off")
     features.div_(spread)
@@ -937,7 +944,7 @@ def probe(model: FineTuned, loaders, labels: torch.Tensor) -> tuple[float, float
     optimizer.step(closure)
     with torch.no_grad():
         model.head.weight.copy_(head.weight / spread)
-        model.head.bias.copy_(head.bias - head.weight @ centre / spread)
+        model.head.bias.copy_(head.bias - head.weight @ (centre / spread))
         return loss_and_accuracy(head(features[:count]), labels[:count])
 
 

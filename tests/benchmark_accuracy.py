@@ -174,6 +174,7 @@ VARIANTS = {  # name: (flags of Q3.py, what is changed in it)
     "whole photos squashed to a square": ([], {"BORDER": None}),
     "fc from noise, at the reference's learning rates": (USUAL_RATES, {"starts_from_probe": lambda args: False, "holds_batchnorm": lambda args: True}),
     "start of fc without mirrored photos": ([], {"probe": probe_without_mirrored}),
+    "start of fc on features as they are": ([], {"spread_of": torch.Tensor.std}),
     "without crops": ([], {"CROP": 1.0}),
     "BatchNorm's statistics learnt": ([], {"holds_batchnorm": lambda args: False}),
     "the reference's learning rates": (USUAL_RATES, {}),
@@ -190,7 +191,8 @@ VARIANTS = {  # name: (flags of Q3.py, what is changed in it)
     "BatchNorm recalibrated": ([], {"batches": Again, "probe": probe_recalibrated}),
     "mean of photo and mirror image": ([], {"batches": Again, "predict": predict_twice}),
 }
-INGREDIENTS = ["whole photos squashed to a square", "fc from noise, at the reference's learning rates", "start of fc without mirrored photos", "without crops",
+INGREDIENTS = ["whole photos squashed to a square", "fc from noise, at the reference's learning rates", "start of fc without mirrored photos",
+               "start of fc on features as they are", "without crops",
                "BatchNorm's statistics learnt", "the reference's learning rates", "constant learning rates"]
 CANDIDATES = list(VARIANTS)[list(VARIANTS).index("border of 4/232 instead of 1/16"):]
 
