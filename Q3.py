@@ -33,10 +33,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 from dataset_split import (InputError, Parser, add_split_options, atomic_write, changed_files, claim_folder, differences, download,
-                           exit_codes, file_facts, find_data, load_split, number, print_same_photos, quoted, write_csv, write_json,
+                           exit_codes, file_facts, find_data, labelled, list_photos, load_split, number, photos_in, print_same_photos, quoted, write_csv, write_json,
                            write_manifest)
 
 
@@ -108,6 +109,13 @@ def get_args_parser() -> Parser:
                        help="how often last.pt is written within an epoch; 0: after each step (default: 5)")
     group.add_argument("--resume", type=Path, metavar="RUN",
                        help="go on with an interrupted run from its last.pt; its folder says all else (Ctrl-C prints the command)")
+
+    group = parser.add_argument_group("a trained network")
+    group.add_argument("--evaluate", type=Path, metavar="CKPT",
+                       help="test a checkpoint on the test photos of --data, or on any folder of class folders; its options are the run's")
+    group.add_argument("--predict", type=Path, nargs="+", metavar=("CKPT", "PHOTO"),
+                       help="say for photos, and those in folders, which classes a checkpoint takes them for: a row each, with tabs "
+                            "between its columns; without PHOTO, or with -, a list of them is read from standard input")
     return parser
 
 
@@ -119,8 +127,18 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = get_args_parser()
     defaults = vars(parser.parse_args([]))
-    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
-    typed = {name: value for name, value in typed.items() if value is not None}
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))
+    typed = {name: value for name, value in vars(args).items() if value is not None}
+    for use, changeable in USES.items():
+        if use in typed:
+            if others := sorted(typed.keys() - changeable - {use}):
+                parser.error(f"--{use} takes a network as it was trained: leave --{others[0].replace('_', '-')} out")
+            file = typed[use][0] if use == "predict" else typed[use]
+            if not os.path.isfile(file):
+                parser.error(f"--{use} '{file}': no such file; a run keeps its best checkpoint in best.pt")
+            if "WORLD_SIZE" in os.environ:
+                parser.error(f"--{use} is for a single process")
+            return args  # what was not typed is in the checkpoint
     if "split" in typed and ("fraction" in typed or "val_fraction" in typed):
         parser.error("--split FILE takes the place of --fraction and --val-fraction: give one or the other")
     if "from_scratch" in typed and typed.keys() & {"weights", "freeze"}:
@@ -151,25 +169,37 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 CHANGEABLE = {"data", "download", "workers", "cache", "cache_gb", "no_cache", "save_minutes"}  # by a run that goes on
+USES = {"evaluate": {"data", "workers", "cache", "no_cache", "batch_size", "device", "amp", "out"},  # of a trained network, and what they can change
+        "predict": {"workers", "batch_size", "device", "amp"}}
 
 
 def run_options(folder: Path) -> dict:
-    """The options that a run was begun with, read from its config.json as if they had been typed again.
+    """The options that a run was begun with, read from its config.json.
 
     Raises:
         InputError: there is no run in this folder, or its file is damaged.
     """
-    parser, words = get_args_parser(), []
-    known, options = vars(parser.parse_args([])), read_config(folder)["options"]
+    options = read_config(folder)["options"]
     try:
-        for name, value in options.items():
-            if name not in known:
-                raise InputError(f"no option {name!r}")
-            if value is not None and value is not False:
-                words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
-        return vars(parser.parse_args(words))
+        return typed_again(options)
     except InputError as error:
         raise InputError(f"--resume '{folder}': its config.json is damaged or of another version ({first_line(error)})") from None
+
+
+def typed_again(options: dict) -> dict:
+    """A run's options, from what it wrote down of them, as if they had been typed.
+
+    Raises:
+        InputError: there is one that this program doesn't know, or takes another value.
+    """
+    parser, words = get_args_parser(), []
+    known = vars(parser.parse_args([]))
+    for name, value in options.items():
+        if name not in known:
+            raise InputError(f"no option {name!r}")
+        if value is not None and value is not False:
+            words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
+    return vars(parser.parse_args(words))
 
 
 def read_config(folder: Path) -> dict:
@@ -204,6 +234,11 @@ def holds_batchnorm(args: argparse.Namespace) -> bool:
     return args.freeze >= 8 or starts_from_probe(args)
 
 
+def preprocessing(args: argparse.Namespace) -> dict:
+    """What is done to a photo before the network sees it."""
+    return {"image_size": args.image_size, "border": border_left_out(args), "interpolation": "bilinear", "mean": list(MEAN), "std": list(STD)}
+
+
 def border_left_out(args: argparse.Namespace) -> float | None:
     """What `read_photo` takes as `border`: the reference recipe squashes."""
     return BORDER if args.recipe == "tuned" else None
@@ -214,7 +249,7 @@ RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchr
 if __name__ == "__main__":  # mistakes and --help are answered here, before the seconds that torch takes to load
     with exit_codes(unsaid=(InputError, KeyboardInterrupt) if RANK else ()):
         args = get_args()
-        args.download or find_data(args.data)
+        args.download or args.evaluate or args.predict or find_data(args.data)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # meanwhile Ctrl-C just ends
 
@@ -419,7 +454,7 @@ def read_photo(file: Path, size: int, border: float | None) -> np.ndarray:
         InputError: the file is no photo, a damaged one, or one of more pixels than Pillow thinks sane (89 million).
     """
     if not os.path.isfile(file):  # opening a pipe would wait for ever
-        raise InputError(f"'{file}' is not there, or no file")
+        raise InputError(f"'{file}' is {'a folder without photos' if os.path.isdir(file) else 'not there, or no file'}")
     try:
         with Image.open(file) as image:
             turn = UPRIGHT.get(orientation(image))
@@ -1057,7 +1092,8 @@ def run_folder(args: argparse.Namespace):
             if args.no_cache:
                 shutil.rmtree(args.out / ".cache", ignore_errors=True)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"go on with: {command}") from None
+        begun = (args.out / "config.json").exists()
+        raise KeyboardInterrupt(f"go on with: {command}" if begun else "nothing was learnt yet, type the command again") from None
     except (CannotGoOn, BrokenPipeError):
         raise
     except (InputError, OSError) as error:  # OSError: what is printed can't be written
@@ -1445,8 +1481,9 @@ def print_resumed(before: dict, now: dict, checkpoint: dict | None) -> None:
             print(f"Note        {name}: {now[name]}, was {before.get(name)}; figures may differ from an uninterrupted run's", flush=True)
 
 
-def test(model: FineTuned, parts: dict[str, list[tuple[Path, int]]], cache: Path, args: argparse.Namespace) -> None:
-    """Score best.pt on the test photos, which nothing has opened so far; write test.json and predictions.csv."""
+def test_best(model: FineTuned, parts: dict[str, list[tuple[Path, int]]], cache: Path, args: argparse.Namespace) -> None:
+    """Score best.pt on the test photos, which nothing has opened so far."""
+    checkpoint = None
     if RANK == 0:
         checkpoint = load_checkpoint(args.out / "best.pt")
         with fitting(args.out / "best.pt"):
@@ -1454,10 +1491,17 @@ def test(model: FineTuned, parts: dict[str, list[tuple[Path, int]]], cache: Path
     for tensor in model.network.state_dict().values() if PROCESSES > 1 else ():
         distributed.broadcast(tensor, 0)
     try:
-        facts = file_facts([file for file, _ in parts["test"]])
-        photos, _ = open_photos(model, parts["test"], facts, args.data / "val", cache, args)
+        test(model, checkpoint, parts, args.data / "val", cache, args)
     except InputError as error:
         raise InputError(f"{error}. Training is done, and its best epoch is safe in '{args.out / 'best.pt'}'") from None
+
+
+def test(model: FineTuned, checkpoint: dict | None, parts: dict[str, list[tuple[Path, int]]], folder: Path, cache: Path,
+         args: argparse.Namespace) -> None:
+    """Score a checkpoint, whose `model` the network has already, on the photos of parts["test"], all of them in this folder; write
+    test.json and predictions.csv."""
+    facts = file_facts([file for file, _ in parts["test"]])
+    photos, _ = open_photos(model, parts["test"], facts, folder, cache, args)
     logits = predict(model, batches(photos, torch.arange(len(photos.files)), args.batch_size, "test"))
     if RANK > 0:
         return
@@ -1468,11 +1512,112 @@ def test(model: FineTuned, parts: dict[str, list[tuple[Path, int]]], cache: Path
     write_json(args.out / "test.json", report)
     confidence, predicted = (logits / checkpoint["temperature"]).softmax(1).max(1)
     write_csv(args.out / "predictions.csv", [
-        {"path": file.relative_to(args.data / "val").as_posix(), "label": classes[label],
+        {"path": file.relative_to(folder).as_posix(), "label": classes[label],
          "predicted": classes[guess], "confidence": f"{share:.6f}"}
         for (file, label), guess, share in zip(parts["test"], predicted.tolist(), confidence.tolist())])
     print_report(report)
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A trained network, used
+# ---------------------------------------------------------------------------------------------------------------------
+
+def trained(file: Path, args: argparse.Namespace) -> tuple[dict, FineTuned]:
+    """A checkpoint and its network. Options that were not typed become those of its training.
+
+    Raises:
+        InputError: the file is no checkpoint, or damaged, or photos were prepared in another way for it.
+    """
+    checkpoint = load_checkpoint(file)
+    with fitting(file):
+        own, classes = typed_again(checkpoint["options"]) | {"out": None}, checkpoint["classes"]
+        vars(args).update({name: value for name, value in own.items() if getattr(args, name) is None})
+        if checkpoint["preprocessing"] != preprocessing(args):
+            raise InputError(f"'{file}' learnt from photos that were prepared in another way than by this version of Q3.py: use the "
+                             "version that wrote it")
+    device = pick_device(args.device)
+    with fitting(file):
+        network = small_cnn(len(classes)) if args.from_scratch else build_network("none", len(classes))
+        network.load_state_dict(checkpoint["model"])
+    network.to(device, memory_format=layout(device))
+    return checkpoint, FineTuned(network, args.freeze, pick_precision(args.amp, device), holds_batchnorm(args)).eval()
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Test a checkpoint again, or on other photos, into a folder of its own.
+
+    Raises:
+        InputError: a checkpoint or photos that can't be used.
+    """
+    file = args.evaluate
+    checkpoint, model = trained(file, args)
+    args.data, args.skip_damaged = find_data(args.data, train=False), False
+    folder = args.data / "val" if os.path.isdir(args.data / "val") else args.data
+    photos, classes = list_photos(folder, least=1), checkpoint["classes"]
+    if not photos.keys() <= set(classes):
+        raise InputError(f"'{folder}' has classes that '{file}' has not learnt: {differences(classes, photos, 'the checkpoint', 'the folder')}")
+    pairs = labelled(folder, [path for paths in photos.values() for path in paths], classes)
+    with run_folder(args), memory_advice(args):
+        print(f"Checkpoint  {file}, epoch {checkpoint['epoch']}\n"
+              f"Photos      {len(pairs):,} test; {len(photos)} classes ({folder})\n"
+              f"Device      {model.device.type}, {str(model.precision).removeprefix('torch.')}\n"
+              f"Results     {args.out}", flush=True)
+        if len(photos) < len(classes):
+            print(f"Note        {differences(classes, photos, 'the checkpoint', 'the folder')}", flush=True)
+        test(model, checkpoint, {"test": pairs}, folder, args.out / ".cache" if args.no_cache else args.cache, args)
+
+
+def classify(args: argparse.Namespace) -> None:
+    """Print a row for each photo: its path, then the likeliest classes, three at most, each with its confidence.
+
+    Photos are decoded in threads while the network is at the ones before. One that can't be read gets a row that says why.
+    """
+    file, *places = args.predict
+    checkpoint, model = trained(file, args)
+    if not places and sys.stdin.isatty():
+        raise InputError("--predict CKPT PHOTO ...: name photos or folders, or send a list of them to standard input")
+    listed = (line.rstrip("\n") for line in sys.stdin) if not places or places == [Path("-")] else map(str, places)
+    files = (photo for place in listed if place for photo in photos_in(Path(place)))
+    groups = iter(lambda: list(islice(files, args.batch_size)), [])
+    shown = min(3, len(checkpoint["classes"]))
+
+    def read(photo: Path) -> np.ndarray | str:
+        try:
+            return read_photo(photo, args.image_size, border_left_out(args))
+        except InputError as error:
+            return str(error)
+
+    def cells(row: list) -> str:
+        return "\t".join(str(cell).replace("\t", "\\t").replace("\n", "\\n") for cell in row)
+
+    print(cells(["path", *(name for place in ("", "_2", "_3")[:shown] for name in ("class" + place, "confidence" + place))]))
+    with memory_advice(args), ThreadPoolExecutor(args.workers) as pool:
+        def begin(group: list[Path]) -> tuple[list[Path], list]:
+            return group, [pool.submit(read, photo) for photo in group]
+
+        coming = begin(next(groups, []))
+        while coming[0]:
+            (group, reading), coming = coming, begin(next(groups, []))
+            found = [future.result() for future in reading]
+            seen = [pixels for pixels in found if not isinstance(pixels, str)]
+            rows = iter(likeliest(model, np.stack(seen), checkpoint, shown) if seen else [])
+            for photo, pixels in zip(group, found):
+                print(cells([photo, *(["error", pixels] if isinstance(pixels, str) else next(rows))]))
+            sys.stdout.flush()
+
+
+@torch.no_grad()
+def likeliest(model: FineTuned, pixels: np.ndarray, checkpoint: dict, count: int) -> list[list[str]]:
+    """Name and confidence, alternately, of the `count` likeliest classes of each photo: uint8 (photos, size, size, 3)."""
+    logits = model(model.maps(send(torch.from_numpy(pixels), model.device)))
+    confidence, labels = (logits.cpu() / checkpoint["temperature"]).softmax(1).topk(count)
+    return [[cell for share, label in zip(shares, guesses) for cell in (checkpoint["classes"][label], f"{share:.4f}")]
+            for shares, guesses in zip(confidence.tolist(), labels.tolist())]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole job
+# ---------------------------------------------------------------------------------------------------------------------
 
 @contextmanager
 def memory_advice(args: argparse.Namespace):
@@ -1488,6 +1633,15 @@ def memory_advice(args: argparse.Namespace):
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.evaluate:
+        evaluate(args)
+    elif args.predict:
+        classify(args)
+    else:
+        fine_tune(args)
+
+
+def fine_tune(args: argparse.Namespace) -> None:
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # one process prints
     if PROCESSES > 1 and args.no_cache:
@@ -1530,10 +1684,9 @@ def main(args: argparse.Namespace) -> None:
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
         args.workers = args.workers or len(cores)
         options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-                   if name not in ("resume", "download")}
+                   if name not in ("resume", "download", *USES)}
         config = {"options": options, "classes": classes, "photos": {part: len(pairs) for part, pairs in parts.items()},
-                  "preprocessing": {"image_size": args.image_size, "border": border_left_out(args), "interpolation": "bilinear",
-                                    "mean": list(MEAN), "std": list(STD)},
+                  "preprocessing": preprocessing(args),
                   "trainable_parameters": sum(value.numel() for value in network.parameters() if value.requires_grad),
                   "frozen_parameters": sum(value.numel() for value in network.parameters() if not value.requires_grad),
                   **machine(device, precision)}
@@ -1566,7 +1719,7 @@ def main(args: argparse.Namespace) -> None:
         if changed := changed_files(facts):
             print(f"Note        {len(changed):,} photos have changed since they were read, the first '{changed[0]}'; the run learnt from "
                   "what they were", flush=True)
-        test(model, parts, cache, args)
+        test_best(model, parts, cache, args)
     print(f"\nCheckpoints, history and predictions: {args.out}")
     if PROCESSES > 1:
         distributed.destroy_process_group()

@@ -55,17 +55,17 @@ class InputError(Exception):
 # Which photos there are
 # ---------------------------------------------------------------------------------------------------------------------
 
-def find_data(folder: str | os.PathLike) -> Path:
+def find_data(folder: str | os.PathLike, train: bool = True) -> Path:
     """The data folder, whatever capitals it is typed in: the public archive unpacks to inaturalist_12K.
 
     Raises:
-        InputError: there is no such folder, or no train/ in it.
+        InputError: there is no such folder, or no train/ in it where that is needed.
     """
     folder = _in_any_capitals(Path(folder))
     if not os.path.isdir(folder):
         raise InputError(f"no data folder '{folder}' (looked in {Path.cwd()}): python Q3.py --download fetches iNaturalist-12K "
                          f"(3.8 GB, {ARCHIVE}), --data names a folder of your own")
-    if not os.path.isdir(folder / "train"):
+    if train and not os.path.isdir(folder / "train"):
         raise InputError(f"no train/ in the data folder '{folder}': --data names the folder that holds train/ and val/, "
                          "with the photos in train/<Class>/")
     return folder
@@ -76,24 +76,25 @@ def _in_any_capitals(folder: Path) -> Path:
     return folder if os.path.exists(folder) else next(namesakes, folder)
 
 
-def list_photos(folder: Path) -> dict[str, list[str]]:
+def list_photos(folder: Path, least: int = 2) -> dict[str, list[str]]:
     """The photos of a tree of class folders, with what is hidden left out.
 
     Args:
         folder: its sub-folders are the classes; a photo may lie deeper inside its class folder.
+        least: how many classes there have to be.
 
     Returns:
         {class name: paths relative to `folder`, with "/"}, both sorted.
 
     Raises:
-        InputError: `folder` is missing or unreadable, has fewer than two class folders, or one of them has no photo.
+        InputError: `folder` is missing or unreadable, has too few class folders, or one of them has no photo.
     """
     try:
         with os.scandir(folder) as entries:
             classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-        if len(classes) < 2:
+        if len(classes) < least:
             found = f"one class folder only ({classes[0]!r})" if classes else "no class folders"
-            raise InputError(f"{found} in '{folder}': at least two are needed, each with the photos of one class")
+            raise InputError(f"{found} in '{folder}': {least} or more are needed, each with the photos of one class")
         files = {name: sorted(_visible_files(folder, name)) for name in classes}
     except OSError as error:
         raise InputError(f"'{error.filename or folder}' can't be listed: {error.strerror}") from None
@@ -107,6 +108,13 @@ def list_photos(folder: Path) -> dict[str, list[str]]:
     if others:
         print(f"left out, being no photos by their ending: {len(others)} in {folder}, the first {others[0]!r}")
     return photos
+
+
+def photos_in(place: Path) -> list[Path]:
+    """The photos of a folder and of those in it, sorted, with what is hidden left out. Anything else, and a folder without photos,
+    is given back as it is."""
+    files = sorted(Path(folder, name) for folder, _, names in _visible(place) for name in names if name.lower().endswith(PHOTO_ENDINGS))
+    return files or [place]
 
 
 def file_facts(files: list[Path]) -> list[tuple]:
@@ -130,12 +138,14 @@ def _visible_files(root: Path, class_name: str) -> list[str]:
     def fail(error):
         raise error
 
-    files = []
-    for folder, folders, names in os.walk(root / class_name, onerror=fail):
+    return [f"{Path(folder).relative_to(root).as_posix()}/{name}" for folder, _, names in _visible(root / class_name, fail) for name in names]
+
+
+def _visible(top: Path, onerror=None):
+    """os.walk without what is hidden."""
+    for folder, folders, names in os.walk(top, onerror=onerror):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = Path(folder).relative_to(root).as_posix()
-        files += [f"{inside}/{name}" for name in names if not name.startswith(".")]
-    return files
+        yield folder, folders, [name for name in names if not name.startswith(".")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

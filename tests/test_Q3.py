@@ -962,7 +962,7 @@ FLAGS = {  # flag: (value, what the run folder then shows)
     "--out": (None, lambda out: out.name == "other"),
 }
 TESTED_ELSEWHERE = {"--split", "--weights", "--device", "--workers", "--no-cache", "--help", "--resume", "--download", "--skip-damaged", "--save-minutes",
-                    "--from-scratch"}
+                    "--from-scratch", "--evaluate", "--predict"}
 
 
 def test_every_flag_has_a_test():

@@ -173,6 +173,7 @@ def test_checkpoints_with_one_random_value(key, value, name, inside):
     shutil.rmtree("other", ignore_errors=True)
     shutil.copytree("run", "other")
     torch.save(checkpoint, Path("other", name))
+    assert call("Q3.py", "--predict", Path("other", name), "missing.jpg") in (0, 2)
     assert call("Q3.py", "--resume", "other") in (0, 2)
 
 

@@ -1,0 +1,137 @@
+"""A trained network, used: --evaluate and --predict."""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import Q3
+from conftest import QUICK, call, draw_data, draw_photo
+
+
+@pytest.fixture
+def trained(small_network, shared_data, tmp_path):
+    """A run's folder."""
+    assert call("Q3.py", "--data", shared_data, *QUICK, "--out", "first") == 0
+    return tmp_path / "first"
+
+
+@pytest.fixture
+def predicted(capsys, monkeypatch):
+    """The rows that --predict prints."""
+    def predicted(*words, listed: str = "") -> list[dict]:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.stdin", io.StringIO(listed))
+        assert call("Q3.py", "--predict", *words) == 0
+        return list(csv.DictReader(io.StringIO(capsys.readouterr().out), delimiter="\t", quoting=csv.QUOTE_NONE))
+    return predicted
+
+
+def read_csv(file: Path) -> list[dict]:
+    with open(file, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.mark.parametrize("flags", [(), ("--recipe", "reference"), ("--from-scratch",)])
+def test_evaluate_gives_what_training_gave_to_the_last_digit(flags, small_network, shared_data, capsys):
+    quick = QUICK[2:] if flags == ("--from-scratch",) else QUICK
+    assert call("Q3.py", "--data", shared_data, *quick, *flags, "--out", "first") == 0
+    report = capsys.readouterr().out.split("Test of the best")[1].split("\n\nCheckpoints")[0]
+    for out, more in (("again", ()), ("third", ("--data", shared_data / "val", "--no-cache", "--batch-size", 8))):
+        assert call("Q3.py", "--evaluate", "first/best.pt", "--out", out, *more) == 0
+        assert capsys.readouterr().out.rstrip().endswith(report)
+        for name in ("test.json", "predictions.csv"):
+            assert Path(out, name).read_bytes() == Path("first", name).read_bytes()
+        assert sorted(file.name for file in Path(out).iterdir()) == ["predictions.csv", "test.json"]
+
+
+def test_evaluate_on_some_of_the_classes(trained, shared_data, data, capsys):
+    shutil.rmtree(data / "val" / "Fungi")
+    assert call("Q3.py", "--evaluate", trained / "best.pt", "--data", data, "--out", "some") == 0
+    assert "Note        only the checkpoint has 'Fungi'" in capsys.readouterr().out
+    kept = {row["path"]: row for row in read_csv(trained / "predictions.csv") if row["label"] != "Fungi"}
+    assert {row["path"]: row["predicted"] for row in read_csv(Path("some/predictions.csv"))} == {path: row["predicted"] for path, row in kept.items()}
+    assert json.loads(Path("some/test.json").read_text())["classes"] == ["Aves", "Fungi", "Insecta"], "the order is the checkpoint's"
+
+
+def test_evaluate_says_what_it_cannot_use(trained, data, refused, tmp_path):
+    best = trained / "best.pt"
+    assert "--out 'first' already holds a run" in refused("Q3.py", "--evaluate", best, "--out", "first")
+    (data / "val" / "Aves").rename(data / "val" / "Vögel")
+    line = refused("Q3.py", "--evaluate", best, "--data", data, "--out", "other")
+    assert "has classes that" in line and "only the checkpoint has 'Aves'; only the folder has 'Vögel'" in line and not Path("other").exists()
+    assert "no data folder 'nowhere'" in refused("Q3.py", "--evaluate", best, "--data", "nowhere")
+    assert "--evaluate 'nothing.pt': no such file" in refused("Q3.py", "--evaluate", "nothing.pt")
+    assert "a state dict, which --weights takes" in refused("Q3.py", "--evaluate", "small.pth")
+    assert "leave --epochs out" in refused("Q3.py", "--evaluate", best, "--epochs", 3)
+    draw_photo(data / "val" / "Vögel" / "00.jpg", (1, 2, 3), 1)
+    (data / "val" / "Vögel").rename(data / "val" / "Aves")
+    (data / "val" / "Aves" / "01.jpg").write_bytes(b"no photo")
+    assert "01.jpg' is no photo" in refused("Q3.py", "--evaluate", best, "--data", data, "--out", "other")
+    checkpoint = torch.load(best, weights_only=True)
+    for key, value, words in (("preprocessing", {}, "prepared in another way"), ("options", {"zeal": 3}, "'zeal'"), ("classes", ["Aves"], "damaged")):
+        torch.save({**checkpoint, key: value}, "spoilt.pt")
+        assert words in refused("Q3.py", "--evaluate", "spoilt.pt")
+
+
+def test_predict_agrees_with_predictions_csv(trained, shared_data, predicted):
+    rows = predicted(trained / "best.pt", shared_data / "val")
+    assert list(rows[0]) == ["path", "class", "confidence", "class_2", "confidence_2", "class_3", "confidence_3"]
+    assert len(rows) == 12
+    for row, known in zip(rows, read_csv(trained / "predictions.csv"), strict=True):
+        assert row["path"] == str(shared_data / "val" / known["path"]) and row["class"] == known["predicted"]
+        assert float(row["confidence"]) == pytest.approx(float(known["confidence"]), abs=1e-4)
+        shares = [float(row[key]) for key in ("confidence", "confidence_2", "confidence_3")]
+        assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(1, abs=2e-4)
+        assert {row["class"], row["class_2"], row["class_3"]} == {"Aves", "Fungi", "Insecta"}
+
+
+def test_predict_needs_nothing_but_the_checkpoint(trained, shared_data, predicted, monkeypatch, tmp_path):
+    """Neither the data set nor the weights nor the cache; and it leaves nothing behind."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(trained / "best.pt", elsewhere)
+    shutil.copy(next((shared_data / "val").rglob("*.jpg")), elsewhere / "a.jpg")
+    monkeypatch.chdir(elsewhere)
+    (tmp_path / "small.pth").unlink()
+    monkeypatch.setattr(Q3, "find_data", None)
+    assert len(predicted("best.pt", "a.jpg")) == 1
+    assert sorted(file.name for file in elsewhere.iterdir()) == ["a.jpg", "best.pt"]
+
+
+def test_predict_walks_folders_and_reads_lists_and_goes_on_after_damaged_photos(trained, predicted):
+    for name in ("deep/er/b.jpg", "deep/c.png", "deep/.hidden.jpg", "odd\tname.jpg"):
+        draw_photo(Path(name), (200, 60, 40), 3)
+    Path("deep/d.jpg").write_bytes(b"no photo")
+    Path("deep/notes.txt").write_text("no photo either")
+    Path("empty").mkdir()
+    best = trained / "best.pt"
+    rows = predicted(best, "deep", "odd\tname.jpg", "missing.jpg", "empty", "deep/notes.txt")
+    assert [(row["path"], row["class"] == "error") for row in rows] == [
+        ("deep/c.png", False), ("deep/d.jpg", True), ("deep/er/b.jpg", False), ("odd\\tname.jpg", False), ("missing.jpg", True), ("empty", True), ("deep/notes.txt", True)]
+    assert "not there" in rows[4]["confidence"] and "a folder without photos" in rows[5]["confidence"]
+    listed = "deep\nodd\tname.jpg\n\nmissing.jpg\nempty\ndeep/notes.txt\n"
+    assert predicted(best, listed=listed) == predicted(best, "-", listed=listed) == predicted(best, "--batch-size", 2, listed=listed) == rows
+    assert predicted(best, listed="") == []
+
+
+def test_predict_says_what_it_cannot_use(trained, refused, monkeypatch):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert "name photos or folders" in refused("Q3.py", "--predict", trained / "best.pt")
+    assert "--predict 'nothing.pt': no such file" in refused("Q3.py", "--predict", "nothing.pt", "a.jpg")
+    assert "leave --freeze out" in refused("Q3.py", "--predict", trained / "best.pt", "a.jpg", "--freeze", 3)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--predict is for a single process" in refused("Q3.py", "--predict", trained / "best.pt", "a.jpg")
+
+
+def test_predict_of_two_classes_and_of_a_large_photo(small_network, predicted, tmp_path):
+    data = draw_data(tmp_path / "two", classes={"cat": (200, 60, 40), "dog": (60, 80, 210)})
+    assert call("Q3.py", "--data", data, *QUICK, "--recipe", "reference", "--out", "two-classes") == 0
+    Image.new("L", (900, 300)).save("grey.png")
+    row, = predicted("two-classes/best.pt", "grey.png")
+    assert list(row) == ["path", "class", "confidence", "class_2", "confidence_2"] and {row["class"], row["class_2"]} == {"cat", "dog"}
