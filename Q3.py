@@ -37,8 +37,8 @@ from itertools import islice
 from pathlib import Path
 
 from dataset_split import (InputError, Parser, add_split_options, atomic_write, changed_files, claim_folder, differences, download,
-                           exit_codes, file_facts, find_data, labelled, list_photos, load_split, number, photos_in, print_same_photos, quoted, write_csv, write_json,
-                           write_manifest)
+                           exit_codes, file_facts, find_data, labelled, list_photos, load_split, number, photos_in, print_same_photos, quoted,
+                           set_test_aside, test_folder, train_folder, write_csv, write_json, write_manifest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,8 +139,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
             if "WORLD_SIZE" in os.environ:
                 parser.error(f"--{use} is for a single process")
             return args  # what was not typed is in the checkpoint
-    if "split" in typed and ("fraction" in typed or "val_fraction" in typed):
-        parser.error("--split FILE takes the place of --fraction and --val-fraction: give one or the other")
+    if "split" in typed and typed.keys() & {"fraction", "val_fraction", "test_fraction"}:
+        parser.error("--split FILE takes the place of --fraction, --val-fraction and --test-fraction: give one or the other")
     if "from_scratch" in typed and typed.keys() & {"weights", "freeze"}:
         parser.error("--from-scratch trains another network from random weights, all of it: leave --weights and --freeze out")
     if "resume" in typed:
@@ -1120,8 +1120,9 @@ def print_banner(config: dict) -> None:
     options, photos = config["options"], config["photos"]
     network, children = ("a small CNN from scratch", 7) if options["from_scratch"] else (f"ResNet50 from {options['weights']}", 10)
     steps = math.ceil(photos["train"] / options["batch_size"])
+    aside = f"Test        {options['test_fraction']:g} of each class, set aside first, as there is no val/ (--test-fraction)\n" if options["test_fraction"] else ""
     print(f"Photos      {photos['train']:,} training, {photos['val']:,} validation, {photos['test']:,} test; "
-          f"{len(config['classes'])} classes ({options['data']})\n"
+          f"{len(config['classes'])} classes ({options['data']})\n{aside}"
           f"Network     {network}, {options['image_size']} x {options['image_size']} pixels\n"
           f"Parameters  {config['trainable_parameters']:,} trainable, {config['frozen_parameters']:,} frozen "
           f"(the first {options['freeze']} of {children} children)\n"
@@ -1183,16 +1184,17 @@ def load_checkpoint(file: Path) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def open_photos(model: FineTuned, pairs: list[tuple[Path, int]], facts: list[tuple], folder: Path, cache: Path,
-                args: argparse.Namespace) -> tuple[Photos, dict[Path, str]]:
+                args: argparse.Namespace, may_skip: bool = False) -> tuple[Photos, dict[Path, str]]:
     """The photos of these (file, label) pairs, decoded, and what is wrong with damaged ones, which were left out.
 
     Args:
         facts: as `file_facts` gives them, of all files of the folder, whose photos share a store.
+        may_skip: whether the damaged ones of these photos may be left out.
 
     Raises:
         InputError: a photo can't be read and is not to be left out, photos change meanwhile, or the disk is full.
     """
-    border, may_skip = border_left_out(args), args.skip_damaged and folder.name == "train"
+    border = border_left_out(args)
     pixels = pixel_store(cache, folder, facts, args.image_size, border)
     row_of = {Path(name): row for row, (name, *_) in enumerate(facts)}
     rows = torch.tensor([row_of[file] for file, _ in pairs])
@@ -1200,9 +1202,9 @@ def open_photos(model: FineTuned, pairs: list[tuple[Path, int]], facts: list[tup
         damaged = decode(list(row_of), rows, pixels, args.workers, border)
     if changed := changed_files(facts):
         raise InputError(f"photos of '{folder}' change while they are read, '{changed[0]}' for one: start again when they are complete")
-    if damaged and not may_skip:
+    if damaged and not (may_skip and args.skip_damaged):
         few, more = "; ".join(list(damaged.values())[:3]), f"; and {len(damaged) - 3} more" if len(damaged) > 3 else ""
-        advice = ", or leave damaged ones out with --skip-damaged" if folder.name == "train" else ""
+        advice = ", or leave damaged ones out with --skip-damaged" if may_skip else ""
         raise InputError(f"{few}{more}: replace or remove {'them' if len(damaged) > 1 else 'it'}{advice}")
     pairs = [(file, label) for file, label in pairs if row_of[file] not in damaged]
     rows = torch.tensor([row_of[file] for file, _ in pairs], dtype=torch.long)
@@ -1244,7 +1246,7 @@ class Training:
                  config: dict):
         self.model, self.photos, self.args, self.config = model, photos, args, config
         self.in_train, self.in_val = in_train, in_val
-        paths = [file.relative_to(args.data / "train").as_posix() for file in photos.files]
+        paths = [file.relative_to(train_folder(args.data)).as_posix() for file in photos.files]
         self.checksums = dict(zip(paths, photos.checksums(), strict=True))
         self.optimizer = build_optimizer(model, args.lr_head, args.lr_backbone)
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.precision == torch.float16)
@@ -1296,7 +1298,7 @@ class Training:
             changed = sorted(path for path in {*before, *self.checksums} if before.get(path) != self.checksums.get(path))
         if changed:
             raise CannotGoOn(f"--resume '{args.out}': {len(changed)} of the photos are not those that the run began with (changed, new, "
-                             f"or damaged then or now), the first 'train/{changed[0]}': put them back, or start another run")
+                             f"or damaged then or now), the first '{changed[0]}': put them back, or start another run")
         with fitting(args.out / "last.pt"):
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             for parameter, state in self.optimizer.state.items():  # Adam needs them in the parameters' layout
@@ -1481,8 +1483,8 @@ def print_resumed(before: dict, now: dict, checkpoint: dict | None) -> None:
             print(f"Note        {name}: {now[name]}, was {before.get(name)}; figures may differ from an uninterrupted run's", flush=True)
 
 
-def test_best(model: FineTuned, parts: dict[str, list[tuple[Path, int]]], cache: Path, args: argparse.Namespace) -> None:
-    """Score best.pt on the test photos, which nothing has opened so far."""
+def test_best(model: FineTuned, parts: dict[str, list[tuple[Path, int]]], files: list[Path], cache: Path, args: argparse.Namespace) -> None:
+    """Score best.pt on the test photos, which nothing has opened so far. Where there is no val/, `files` are all that they lie among."""
     checkpoint = None
     if RANK == 0:
         checkpoint = load_checkpoint(args.out / "best.pt")
@@ -1491,21 +1493,28 @@ def test_best(model: FineTuned, parts: dict[str, list[tuple[Path, int]]], cache:
     for tensor in model.network.state_dict().values() if PROCESSES > 1 else ():
         distributed.broadcast(tensor, 0)
     try:
-        test(model, checkpoint, parts, args.data / "val", cache, args)
+        folder = test_folder(args.data)
+        test(model, checkpoint, parts, None if folder else files, folder or train_folder(args.data), cache, args)
     except InputError as error:
         raise InputError(f"{error}. Training is done, and its best epoch is safe in '{args.out / 'best.pt'}'") from None
 
 
-def test(model: FineTuned, checkpoint: dict | None, parts: dict[str, list[tuple[Path, int]]], folder: Path, cache: Path,
-         args: argparse.Namespace) -> None:
-    """Score a checkpoint, whose `model` the network has already, on the photos of parts["test"], all of them in this folder; write
-    test.json and predictions.csv."""
-    facts = file_facts([file for file, _ in parts["test"]])
+def test(model: FineTuned, checkpoint: dict | None, parts: dict[str, list[tuple[Path, int]]], files: list[Path] | None, folder: Path,
+         cache: Path, args: argparse.Namespace) -> None:
+    """Score a checkpoint, whose `model` the network has already, on the photos of parts["test"]; write test.json and predictions.csv.
+
+    Args:
+        files: all photos of the folder they are in, if it has others.
+    """
+    facts = file_facts(files or [file for file, _ in parts["test"]])
     photos, _ = open_photos(model, parts["test"], facts, folder, cache, args)
     logits = predict(model, batches(photos, torch.arange(len(photos.files)), args.batch_size, "test"))
     if RANK > 0:
         return
 
+    learnt = [file for file, crc in zip(photos.files, photos.checksums()) if checkpoint["checksums"].get(file.relative_to(folder).as_posix()) == crc]
+    if learnt:
+        print(f"Note        {len(learnt):,} of the photos are such as the network learnt from or was chosen by, the first '{learnt[0]}'", flush=True)
     classes, labels = checkpoint["classes"], photos.labels.cpu()
     report = {"epoch": checkpoint["epoch"], **test_report(logits, labels, classes, checkpoint["temperature"]),
               "same_photos": print_same_photos(parts, args.data, args.out)}
@@ -1551,12 +1560,15 @@ def evaluate(args: argparse.Namespace) -> None:
     """
     file = args.evaluate
     checkpoint, model = trained(file, args)
-    args.data, args.skip_damaged = find_data(args.data, train=False), False
-    folder = args.data / "val" if os.path.isdir(args.data / "val") else args.data
+    args.data = find_data(args.data)
+    folder = test_folder(args.data) or train_folder(args.data)
     photos, classes = list_photos(folder, least=1), checkpoint["classes"]
     if not photos.keys() <= set(classes):
         raise InputError(f"'{folder}' has classes that '{file}' has not learnt: {differences(classes, photos, 'the checkpoint', 'the folder')}")
-    pairs = labelled(folder, [path for paths in photos.values() for path in paths], classes)
+    files = paths = [path for name in photos for path in photos[name]]
+    if args.test_fraction and not test_folder(args.data) and checkpoint["checksums"].keys() & set(paths):  # then a part was set aside
+        paths = set_test_aside(photos, args.test_fraction)[1]
+    pairs, files = labelled(folder, paths, classes), [folder / path for path in files]
     with run_folder(args), memory_advice(args):
         print(f"Checkpoint  {file}, epoch {checkpoint['epoch']}\n"
               f"Photos      {len(pairs):,} test; {len(photos)} classes ({folder})\n"
@@ -1564,7 +1576,7 @@ def evaluate(args: argparse.Namespace) -> None:
               f"Results     {args.out}", flush=True)
         if len(photos) < len(classes):
             print(f"Note        {differences(classes, photos, 'the checkpoint', 'the folder')}", flush=True)
-        test(model, checkpoint, {"test": pairs}, folder, args.out / ".cache" if args.no_cache else args.cache, args)
+        test(model, checkpoint, {"test": pairs}, files, folder, args.out / ".cache" if args.no_cache else args.cache, args)
 
 
 def classify(args: argparse.Namespace) -> None:
@@ -1700,7 +1712,7 @@ def fine_tune(args: argparse.Namespace) -> None:
 
         # Pixels, and the trunk's maps of them.
         facts, cache = file_facts(files), args.out / ".cache" if args.no_cache else args.cache
-        photos, damaged = open_photos(model, parts["train"] + parts["val"], facts, args.data / "train", cache, args)
+        photos, damaged = open_photos(model, parts["train"] + parts["val"], facts, train_folder(args.data), cache, args, may_skip=True)
         held_out = dict(parts["val"])
         in_val = torch.tensor([file in held_out for file in photos.files])
         in_train, in_val = (~in_val).nonzero().flatten(), in_val.nonzero().flatten()
@@ -1719,7 +1731,7 @@ def fine_tune(args: argparse.Namespace) -> None:
         if changed := changed_files(facts):
             print(f"Note        {len(changed):,} photos have changed since they were read, the first '{changed[0]}'; the run learnt from "
                   "what they were", flush=True)
-        test_best(model, parts, cache, args)
+        test_best(model, parts, files, cache, args)
     print(f"\nCheckpoints, history and predictions: {args.out}")
     if PROCESSES > 1:
         distributed.destroy_process_group()

@@ -45,6 +45,7 @@ from tqdm import tqdm
 ARCHIVE = "https://storage.googleapis.com/wandb_datasets/nature_12K.zip"
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision
 MANIFEST_FORMAT = 1
+TEST_FRACTION = 0.2  # of the photos, where there is no val/
 
 
 class InputError(Exception):
@@ -55,20 +56,35 @@ class InputError(Exception):
 # Which photos there are
 # ---------------------------------------------------------------------------------------------------------------------
 
-def find_data(folder: str | os.PathLike, train: bool = True) -> Path:
+def find_data(folder: str | os.PathLike) -> Path:
     """The data folder, whatever capitals it is typed in: the public archive unpacks to inaturalist_12K.
 
     Raises:
-        InputError: there is no such folder, or no train/ in it where that is needed.
+        InputError: there is no such folder.
     """
     folder = _in_any_capitals(Path(folder))
     if not os.path.isdir(folder):
         raise InputError(f"no data folder '{folder}' (looked in {Path.cwd()}): python Q3.py --download fetches iNaturalist-12K "
                          f"(3.8 GB, {ARCHIVE}), --data names a folder of your own")
-    if train and not os.path.isdir(folder / "train"):
-        raise InputError(f"no train/ in the data folder '{folder}': --data names the folder that holds train/ and val/, "
-                         "with the photos in train/<Class>/")
     return folder
+
+
+def train_folder(data: Path) -> Path:
+    """Where the class folders of the training photos are: in train/, or in the data folder itself.
+
+    Raises:
+        InputError: there is a val/ and no train/.
+    """
+    if os.path.isdir(data / "train"):
+        return data / "train"
+    if os.path.isdir(data / "val"):
+        raise InputError(f"no train/ beside val/ in the data folder '{data}': the training photos are expected as {data}/train/<Class>/<photo>.jpg")
+    return data
+
+
+def test_folder(data: Path) -> Path | None:
+    """Where the class folders of the test photos are: in val/, if there is one."""
+    return data / "val" if os.path.isdir(data / "val") else None
 
 
 def _in_any_capitals(folder: Path) -> Path:
@@ -183,12 +199,36 @@ def split(photos: dict[str, list[str]], fraction: float, val_fraction: float, se
             "classes": sorted(photos), "train": sorted(train), "val": sorted(val)}
 
 
+def set_test_aside(photos: dict[str, list[str]], test_fraction: float) -> tuple[dict[str, list[str]], list[str]]:
+    """Divide photos into those to learn from and a stratified test part, whatever --fraction and --seed are.
+
+    Args:
+        photos: as `list_photos` returns them.
+        test_fraction: part of each class that is for the test, in (0, 1); rounded down, but at least one photo.
+
+    Returns:
+        The others, in the form of `photos`; and the sorted paths of the test part.
+
+    Raises:
+        InputError: a class has fewer than three photos: training, validation and test need one each.
+    """
+    rest, test = {}, []
+    for name, paths in photos.items():
+        if len(paths) < 3:
+            raise InputError(f"class {name!r} is too small: training, validation and test need a photo each, and it has {len(paths)}")
+        ordered = sorted(paths, key=lambda path: _order_key("test", path))
+        count = max(1, math.floor(len(paths) * _exact(test_fraction)))
+        test += ordered[:count]
+        rest[name] = sorted(ordered[count:])
+    return rest, sorted(test)
+
+
 def _exact(number: float) -> Fraction:
     """The decimal that was typed: 0.29 of 100 photos is 29, where the nearest binary number makes it 28."""
     return Fraction(str(number))
 
 
-def _order_key(seed: int, path: str) -> bytes:
+def _order_key(seed: int | str, path: str) -> bytes:
     # NFC: macOS hands out accented names decomposed, other systems as they were written
     return hashlib.sha256(f"{seed}/{unicodedata.normalize('NFC', path)}".encode("utf-8", "surrogateescape")).digest()
 
@@ -203,32 +243,47 @@ def labelled(root: Path, paths: list[str], classes: list[str]) -> list[tuple[Pat
     return [(root / path, index[path.split("/", 1)[0]]) for path in paths]
 
 
+def choose(args: argparse.Namespace) -> tuple[dict, dict[str, list[str]]]:
+    """The manifest that these options ask for, and the photos of the training folder by class; without a val/ a test part of them is
+    set aside, and named in the manifest.
+
+    Raises:
+        InputError: folders or photos that can't be used, or a test part asked for beside a val/.
+    """
+    data = args.data = find_data(args.data)
+    photos = list_photos(train_folder(data))
+    if not test_folder(data):
+        args.test_fraction = args.test_fraction or TEST_FRACTION
+        rest, test = set_test_aside(photos, args.test_fraction)
+        manifest = split(rest, args.fraction, args.val_fraction, args.seed)
+        return manifest | {"test_fraction": args.test_fraction, "test": test}, photos
+    if args.test_fraction:
+        raise InputError(f"--test-fraction {args.test_fraction}: '{data}' has test photos of its own, in val/")
+    return split(photos, args.fraction, args.val_fraction, args.seed), photos
+
+
 def load_split(args: argparse.Namespace, manifest_file: Path | None) -> tuple[dict, dict[str, list[tuple[Path, int]]], list[Path]]:
-    """The manifest; the (file, label) pairs of "train", "val" and "test"; and all files of train/, used or not. No
+    """The manifest; the (file, label) pairs of "train", "val" and "test"; and all files of the training folder, used or not. No
     photo is opened.
 
     Raises:
         InputError: folders, photos or a manifest that can't be used.
     """
-    data = args.data = find_data(args.data)
-    photos = list_photos(data / "train")
-    if not os.path.isdir(data / "val"):
-        raise InputError(f"no val/ in the data folder '{data}': the test photos are expected as "
-                         f"{data}/val/<Class>/<photo>.jpg")
-    test_photos = list_photos(data / "val")
-    if test_photos.keys() != photos.keys():
-        raise InputError(f"'{data / 'train'}' and '{data / 'val'}' have different classes: "
-                         f"{differences(photos, test_photos, 'train', 'val')}")
     if manifest_file:
-        manifest = read_manifest(manifest_file, photos)
-        args.fraction, args.val_fraction = manifest["fraction"], manifest["val_fraction"]
+        data = args.data = find_data(args.data)
+        photos = list_photos(train_folder(data))
+        manifest = read_manifest(manifest_file, photos, test=not test_folder(data))
+        args.fraction, args.val_fraction, args.test_fraction = (manifest.get(key) for key in ("fraction", "val_fraction", "test_fraction"))
     else:
-        manifest = split(photos, args.fraction, args.val_fraction, args.seed)
-    classes, test_paths = manifest["classes"], [path for paths in test_photos.values() for path in paths]
-    parts = {"train": labelled(data / "train", manifest["train"], classes),
-             "val": labelled(data / "train", manifest["val"], classes),
-             "test": labelled(data / "val", test_paths, classes)}
-    return manifest, parts, [data / "train" / path for paths in photos.values() for path in paths]
+        manifest, photos = choose(args)
+    root, test_root, classes = train_folder(args.data), test_folder(args.data), manifest["classes"]
+    parts = {part: labelled(root, manifest.get(part, []), classes) for part in ("train", "val", "test")}
+    if test_root:
+        test_photos = list_photos(test_root)
+        if test_photos.keys() != photos.keys():
+            raise InputError(f"'{root}' and '{test_root}' have different classes: {differences(photos, test_photos, 'train', 'val')}")
+        parts["test"] = labelled(test_root, [path for paths in test_photos.values() for path in paths], classes)
+    return manifest, parts, [root / path for paths in photos.values() for path in paths]
 
 
 def same_photos(files: list[Path]) -> list[tuple[Path, Path]]:
@@ -368,12 +423,13 @@ def write_manifest(manifest: dict, file: Path) -> None:
         stream.write(text.encode())
 
 
-def read_manifest(file: str | os.PathLike, photos: dict[str, list[str]]) -> dict:
+def read_manifest(file: str | os.PathLike, photos: dict[str, list[str]], test: bool = False) -> dict:
     """Read a manifest and check it against the photos that are there.
 
     Args:
         file: a JSON file that this program wrote, or one of the same form.
         photos: as `list_photos` returns them for the data the manifest is to be used with.
+        test: whether it has to name test photos too, since there is no val/.
 
     Raises:
         InputError: not a manifest, other classes, photos that are not there, or a photo named twice.
@@ -386,18 +442,22 @@ def read_manifest(file: str | os.PathLike, photos: dict[str, list[str]]) -> dict
         raise InputError(f"split '{file}' is not JSON: {error}") from None
 
     form = {"format": int, "fraction": (int, float), "val_fraction": (int, float), "seed": int,
-            "classes": list, "train": list, "val": list}
+            "classes": list, "train": list, "val": list, **({"test_fraction": float, "test": list} if test else {})}
     if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), kind) for key, kind in form.items()):
         raise InputError(f"split '{file}' is not a manifest: it needs {', '.join(form)} (dataset_split.py writes one)")
     if manifest["format"] != MANIFEST_FORMAT:
         raise InputError(f"split '{file}' has format {manifest['format']}, this program reads {MANIFEST_FORMAT}: "
                          "write it again with dataset_split.py")
-    named = manifest["train"] + manifest["val"]
+    if not test and "test" in manifest:
+        raise InputError(f"split '{file}' sets test photos aside, and the data has test photos of its own, in val/. Was it made from "
+                         "other data? --data names the folder")
+    named = manifest["train"] + manifest["val"] + manifest.get("test", [])
     if not all(isinstance(name, str) for name in manifest["classes"] + named):
         raise InputError(f"split '{file}' is not a manifest: its lists hold something else than names")
 
-    if not (0 < manifest["fraction"] <= 1 and 0 < manifest["val_fraction"] < 1 and 0 <= manifest["seed"] < 2**32):
-        raise InputError(f"split '{file}' is not a manifest: its fraction, val_fraction or seed is out of range")
+    if not (0 < manifest["fraction"] <= 1 and 0 < manifest["val_fraction"] < 1 and 0 < manifest.get("test_fraction", 0.5) < 1
+            and 0 <= manifest["seed"] < 2**32):
+        raise InputError(f"split '{file}' is not a manifest: its fraction, val_fraction, test_fraction or seed is out of range")
     if manifest["classes"] != sorted(photos):
         raise InputError(f"split '{file}' and the data have different classes: "
                          f"{differences(manifest['classes'], photos, 'the split', 'the data')}. Was it made from other "
@@ -410,9 +470,9 @@ def read_manifest(file: str | os.PathLike, photos: dict[str, list[str]]) -> dict
     if repeated:
         raise InputError(f"split '{file}' names {len(repeated)} photos more than once, the first {repeated[0]!r}")
     untaught = sorted(set(photos) - {path.split("/", 1)[0] for path in manifest["train"]})
-    if untaught or not manifest["val"]:
-        lack = f"training photos of {untaught[0]!r}" if untaught else "validation photos"
-        raise InputError(f"split '{file}' has no {lack}: each class needs one for training, validation needs one")
+    if untaught or not manifest["val"] or test and not manifest["test"]:
+        lack = f"training photos of {untaught[0]!r}" if untaught else "test photos" if manifest["val"] else "validation photos"
+        raise InputError(f"split '{file}' has no {lack}: each class needs one for training, validation and the test need one")
     return manifest
 
 
@@ -445,7 +505,8 @@ def refuse_occupied(target: Path, source: Path) -> None:
 
 
 def materialize(manifest: dict, source: Path, target: Path, mode: str) -> None:
-    """Make the split as an ImageFolder tree target/train/<Class>, target/val/<Class>, whole or not at all.
+    """Make the split as an ImageFolder tree target/train/<Class>, target/val/<Class> and, if test photos were set aside,
+    target/test/<Class>, whole or not at all.
 
     Args:
         source: the folder that the manifest's paths are relative to.
@@ -462,8 +523,8 @@ def materialize(manifest: dict, source: Path, target: Path, mode: str) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as aside:
             tree = Path(aside, "tree")
-            for part in ("train", "val"):
-                for path in manifest[part]:
+            for part in ("train", "val", "test"):
+                for path in manifest.get(part, []):
                     copy = tree / part / path
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     place(os.path.abspath(source / path), copy)
@@ -627,11 +688,14 @@ def number(kind: type, low: float, high: float, open_low: bool = False, open_hig
 
 
 def add_split_options(group, fraction: float) -> None:
-    """The three options that both commands share: with the same values they make the same split."""
+    """The options that both commands share: with the same values they make the same split."""
     group.add_argument("--fraction", type=number(float, 0, 1, open_low=True), default=fraction, metavar="F",
                        help=f"part of each class's training photos to use, in (0, 1] (default: {fraction})")
     group.add_argument("--val-fraction", type=number(float, 0, 1, open_low=True, open_high=True), default=0.2,
                        metavar="V", help="part of these that is held out for validation, in (0, 1) (default: 0.2)")
+    group.add_argument("--test-fraction", type=number(float, 0, 1, open_low=True, open_high=True), metavar="T",
+                       help="part of each class that is set aside as test photos where there is no val/, in (0, 1), before the other "
+                            f"two fractions are taken of the rest (default: {TEST_FRACTION})")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N",
                        help="another seed draws other photos and, in training, other batches (default: 0)")
 
@@ -654,14 +718,15 @@ def get_args_parser() -> Parser:
 
 
 def print_table(manifest: dict, photos: dict[str, list[str]]) -> None:
-    used = {part: Counter(path.split("/", 1)[0] for path in manifest[part]) for part in ("train", "val")}
+    parts = {title: Counter(path.split("/", 1)[0] for path in manifest[part])
+             for part, title in (("train", "Training"), ("val", "Validation"), ("test", "Test")) if part in manifest}
     width = max(map(len, ("Class", *photos)))
-    print(f"{'Class':{width}} | Photos | Training | Validation")
+    print(f"{'Class':{width}} | Photos | " + " | ".join(parts))
     for name, paths in photos.items():
-        print(f"{name:{width}} | {len(paths):6} | {used['train'][name]:8} | {used['val'][name]:10}")
-    print("-" * (width + 32))
-    total = sum(map(len, photos.values()))
-    print(f"{'Total':{width}} | {total:6} | {len(manifest['train']):8} | {len(manifest['val']):10}")
+        print(f"{name:{width}} | {len(paths):6} | " + " | ".join(f"{used[name]:{len(title)}}" for title, used in parts.items()))
+    print("-" * (width + 9 + sum(len(title) + 3 for title in parts)))
+    print(f"{'Total':{width}} | {sum(map(len, photos.values())):6} | "
+          + " | ".join(f"{used.total():{len(title)}}" for title, used in parts.items()))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -669,9 +734,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.mode and not args.materialize:
         parser.error("--mode says how --materialize DIR places the photos: give that too")
-    source = find_data(args.data) / "train"
-    photos = list_photos(source)
-    manifest = split(photos, args.fraction, args.val_fraction, args.seed)
+    manifest, photos = choose(args)
+    source = train_folder(args.data)
     if args.materialize:
         refuse_occupied(args.materialize, source)
     out = args.out or Path("splits", f"{args.fraction}-{args.val_fraction}-{args.seed}.json")
@@ -681,7 +745,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.materialize:
         mode = args.mode or "symlink"
         materialize(manifest, source, args.materialize, mode)
-        print(f"Folders:  {args.materialize}/train and {args.materialize}/val (mode: {mode})")
+        folders = " and ".join(f"{args.materialize}/{part}" for part in ("train", "val", "test") if part in manifest)
+        print(f"Folders:  {folders} (mode: {mode})")
 
 
 @contextmanager

@@ -962,7 +962,7 @@ FLAGS = {  # flag: (value, what the run folder then shows)
     "--out": (None, lambda out: out.name == "other"),
 }
 TESTED_ELSEWHERE = {"--split", "--weights", "--device", "--workers", "--no-cache", "--help", "--resume", "--download", "--skip-damaged", "--save-minutes",
-                    "--from-scratch", "--evaluate", "--predict"}
+                    "--from-scratch", "--evaluate", "--predict", "--test-fraction"}
 
 
 def test_every_flag_has_a_test():
@@ -1117,11 +1117,10 @@ def test_wrong_options(shared_data, refused, flags, part):
 
 @pytest.mark.parametrize("spoil, part", [
     (lambda data: shutil.rmtree(data), dataset_split.ARCHIVE),
-    (lambda data: shutil.rmtree(data / "train"), "no train/"),
+    (lambda data: shutil.rmtree(data / "train"), "no train/ beside val/"),
     (lambda data: [shutil.rmtree(data / "train" / name) for name in COLOURS], "no class folders"),
     (lambda data: [file.unlink() for file in (data / "train" / "Fungi").iterdir()], os.path.join("train", "Fungi")),
     (lambda data: [file.unlink() for file in sorted((data / "train" / "Fungi").iterdir())[2:]], "'Fungi' is too small"),
-    (lambda data: shutil.rmtree(data / "val"), "no val/ in the data folder"),
     (lambda data: shutil.rmtree(data / "val" / "Fungi"), "only train has 'Fungi'"),
     (lambda data: (data / "val" / "Aves").rename(data / "val" / "Birds"), "only train has 'Aves'; only val has 'Birds'"),
     (lambda data: [file.unlink() for file in (data / "val" / "Aves").iterdir()], os.path.join("val", "Aves")),

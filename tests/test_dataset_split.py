@@ -35,6 +35,17 @@ def touch(folder: Path, counts: dict[str, int]) -> Path:
         (folder / "train" / name).mkdir(parents=True)
         for index in range(count):
             (folder / "train" / name / f"{index}.jpg").touch()
+    (folder / "val").mkdir()
+    return folder
+
+
+def untested(folder: Path, counts: dict[str, int]) -> Path:
+    """The same without a val/ and a train/, as most folders of photos are."""
+    touch(folder, counts)
+    (folder / "val").rmdir()
+    for name in counts:
+        (folder / "train" / name).rename(folder / name)
+    (folder / "train").rmdir()
     return folder
 
 
@@ -253,12 +264,12 @@ def test_name_that_no_disk_allows(refused):
 def test_class_named_total_is_a_class(tmp_path, capsys):
     assert call("dataset_split.py", "--data", touch(tmp_path, {"Aves": 9, "Total": 9}), "--out", tmp_path / "s.json") == 0
     assert capsys.readouterr().out.splitlines()[1:5] == [
-        "Aves  |      9 |        7 |          2", "Total |      9 |        7 |          2", "-" * 37, "Total |     18 |       14 |          4"]
+        "Aves  |      9 |        7 |          2", "Total |      9 |        7 |          2", "-" * 38, "Total |     18 |       14 |          4"]
 
 
-def test_data_folder_without_train_is_named(tmp_path, refused):
-    (tmp_path / "Aves").mkdir()
-    assert "no train/" in refused("dataset_split.py", "--data", tmp_path)
+def test_data_folder_with_val_and_without_train_is_named(tmp_path, refused):
+    (tmp_path / "val" / "Aves").mkdir(parents=True)
+    assert "no train/ beside val/" in refused("dataset_split.py", "--data", tmp_path)
 
 
 def test_train_without_class_folders(tmp_path, refused):
@@ -522,3 +533,60 @@ def test_files_of_the_same_bytes_are_found_whatever_their_names(tmp_path):
     for name, content in (("a", b"one"), ("b", b"two"), ("c", b"one"), ("d", b"other"), ("e", b"one")):
         (tmp_path / name).write_bytes(content)
     assert ds.same_photos([tmp_path / name for name in "edcbax"]) == [(tmp_path / "e", tmp_path / "c"), (tmp_path / "e", tmp_path / "a")]
+
+
+# -- data without test photos -----------------------------------------------------------------------------------------
+
+def test_test_part_is_a_stratified_part_of_the_photos_and_always_the_same():
+    photos = inaturalist()
+    rest, test = ds.set_test_aside(photos, 0.2)
+    for name, paths in photos.items():
+        mine = [path for path in test if path.startswith(f"{name}/")]
+        assert len(mine) == len(paths) // 5 and sorted(mine + rest[name]) == sorted(paths)
+    assert set(ds.set_test_aside(photos, 0.1)[1]) < set(test), "a smaller test part is inside a larger one"
+    for path in (test[0], rest["Aves"][0]):  # an added photo moves no other one out of its part, but for the one at the edge
+        more, _ = ds.set_test_aside({**photos, "Aves": photos["Aves"] + ["Aves/new.jpg"]}, 0.2)
+        assert (path in sum(more.values(), [])) == (path in sum(rest.values(), []))
+    assert ds.set_test_aside({"a": ["a/1", "a/2", "a/3"], "b": ["b/1", "b/2", "b/3"]}, 0.01)[1][0].startswith("a/"), "at least one"
+
+
+def test_photos_without_val_give_the_same_test_part_for_every_fraction_and_seed(tmp_path, capsys):
+    data = untested(tmp_path / "mine", {"cat": 10, "dog": 20})
+    manifests = []
+    for number, flags in enumerate(((), ("--fraction", 0.5), ("--seed", 3), ("--test-fraction", 0.5))):
+        assert call("dataset_split.py", "--data", data, *flags, "--out", f"{number}.json") == 0
+        manifests.append(json.loads(Path(f"{number}.json").read_text()))
+        named = manifests[-1]["train"] + manifests[-1]["val"] + manifests[-1]["test"]
+        assert len(set(named)) == len(named)
+    assert capsys.readouterr().out.splitlines()[:3] == ["Class | Photos | Training | Validation | Test",
+                                                        "cat   |     10 |        6 |          2 |    2", "dog   |     20 |       13 |          3 |    4"]
+    assert manifests[0]["test"] == manifests[1]["test"] == manifests[2]["test"] and set(manifests[2]["test"]) < set(manifests[3]["test"])
+    assert manifests[0]["train"] != manifests[2]["train"] and manifests[3]["test_fraction"] == 0.5 and len(manifests[3]["test"]) == 15
+
+
+def test_test_part_as_folders(tmp_path, capsys):
+    data = untested(tmp_path / "mine", {"cat": 10, "dog": 20})
+    assert call("dataset_split.py", "--data", data, "--materialize", "tree") == 0
+    assert {part: len(list(Path("tree", part).rglob("*.jpg"))) for part in ("train", "val", "test")} == {"train": 19, "val": 5, "test": 6}
+    assert "tree/train and tree/val and tree/test" in capsys.readouterr().out
+
+
+def test_test_part_that_cannot_be(tmp_path, refused):
+    data = untested(tmp_path / "mine", {"cat": 2, "dog": 20})
+    assert "'cat' is too small: training, validation and test need a photo each, and it has 2" in refused("dataset_split.py", "--data", data)
+    assert "has test photos of its own, in val/" in refused("dataset_split.py", "--data", touch(tmp_path / "other", {"cat": 9, "dog": 9}), "--test-fraction", 0.3)
+
+
+def test_manifest_and_data_have_to_agree_about_the_test_part(tmp_path):
+    photos = {"cat": [f"cat/{index}.jpg" for index in range(9)], "dog": [f"dog/{index}.jpg" for index in range(9)]}
+    rest, test = ds.set_test_aside(photos, 0.2)
+    plain = ds.split(rest, 1.0, 0.2, 0)
+    whole = plain | {"test_fraction": 0.2, "test": test}
+    for manifest, has_val, words in ((whole, False, None), (plain, True, None), (whole, True, "test photos of its own"), (plain, False, "needs .*test_fraction, test"),
+                                     (whole | {"test": []}, False, "no test photos"), (whole | {"test": plain["val"]}, False, "more than once")):
+        ds.write_json(tmp_path / "m.json", manifest)
+        if words is None:
+            assert ds.read_manifest(tmp_path / "m.json", photos, test=not has_val) == manifest
+        else:
+            with pytest.raises(ds.InputError, match=words):
+                ds.read_manifest(tmp_path / "m.json", photos, test=not has_val)

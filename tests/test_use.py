@@ -1,4 +1,4 @@
-"""A trained network, used: --evaluate and --predict."""
+"""What people do with it: a trained network used (--evaluate, --predict), and classes of their own."""
 
 import csv
 import io
@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import dataset_split
 import Q3
 from conftest import QUICK, call, draw_data, draw_photo
 
@@ -135,3 +136,61 @@ def test_predict_of_two_classes_and_of_a_large_photo(small_network, predicted, t
     Image.new("L", (900, 300)).save("grey.png")
     row, = predicted("two-classes/best.pt", "grey.png")
     assert list(row) == ["path", "class", "confidence", "class_2", "confidence_2"] and {row["class"], row["class_2"]} == {"cat", "dog"}
+
+
+# -- photos of one's own ----------------------------------------------------------------------------------------------
+
+def of_ones_own(folder: Path, classes: list[str], count: int = 6) -> Path:
+    """Class folders and nothing else."""
+    data = draw_data(folder, train=count, val=0, classes=classes)
+    for name in classes:
+        (data / "train" / name).rename(data / name)
+    (data / "train").rmdir()
+    return data
+
+
+def test_class_folders_alone_are_enough(small_network, tmp_path, capsys):
+    """A test part is set aside, whatever --fraction and --seed; --evaluate finds the same one; nothing is written into the folder."""
+    data = of_ones_own(tmp_path / "mine", ["cat", "dog", "émeu"], 10)
+    before = sorted(data.rglob("*"))
+    assert call("Q3.py", "--data", data, *QUICK, "--out", "mine-1") == 0
+    out = capsys.readouterr().out
+    assert "18 training, 6 validation, 6 test; 3 classes" in out and "Test        0.2 of each class, set aside first" in out
+    tested = [row["path"] for row in read_csv(Path("mine-1/predictions.csv"))]
+    split = json.loads(Path("mine-1/split.json").read_text())
+    assert tested == split["test"] and not set(tested) & {*split["train"], *split["val"]}
+    assert call("Q3.py", "--data", data, *QUICK, "--seed", 1, "--fraction", 0.5, "--out", "mine-2") == 0
+    assert [row["path"] for row in read_csv(Path("mine-2/predictions.csv"))] == tested
+    assert call("Q3.py", "--evaluate", "mine-1/best.pt", "--out", "again") == 0
+    assert Path("again/test.json").read_bytes() == Path("mine-1/test.json").read_bytes()
+    assert call("Q3.py", "--data", data, *QUICK[:2], *QUICK[4:], "--split", "mine-1/split.json", "--out", "mine-3") == 0
+    assert Path("mine-3/predictions.csv").read_bytes() == Path("mine-1/predictions.csv").read_bytes()
+    assert call("Q3.py", "--resume", "mine-1") == 0 and sorted(data.rglob("*")) == before
+    capsys.readouterr()
+    assert call("Q3.py", "--data", data, *QUICK, "--test-fraction", 0.5, "--out", "mine-4") == 0
+    assert "12 training, 3 validation, 15 test" in capsys.readouterr().out
+
+
+def test_evaluate_on_what_was_learnt_says_so(trained, shared_data, capsys):
+    assert call("Q3.py", "--evaluate", trained / "best.pt", "--data", shared_data / "train", "--out", "flattered") == 0
+    assert "Note        30 of the photos are such as the network learnt from or was chosen by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [(), ("--recipe", "reference"), ("--freeze", 9), ("--from-scratch",)])
+def test_two_classes_and_a_hundred(flags, small_network, tmp_path):
+    quick = QUICK[2:] if flags == ("--from-scratch",) else QUICK
+    for count in (2, 100):
+        data = of_ones_own(tmp_path / f"{count}", [f"{index:03}" for index in range(count)], 5)
+        assert call("Q3.py", "--data", data, *quick, *flags, "--out", f"run-{count}") == 0
+        report = json.loads(Path(f"run-{count}/test.json").read_text())
+        assert len(report["classes"]) == len(report["confusion"]) == report["photos"] == count
+
+
+def test_damaged_photo_of_a_test_part_is_not_left_out(small_network, tmp_path, refused):
+    data = of_ones_own(tmp_path / "mine", ["cat", "dog"], 10)
+    path = dataset_split.set_test_aside(dataset_split.list_photos(data), 0.2)[1][0]
+    (data / path).write_bytes(b"no photo")
+    line = refused("Q3.py", "--data", data, *QUICK, "--skip-damaged", "--out", "first")
+    assert path in line and "Training is done" in line and "--skip-damaged" not in line
+    draw_photo(data / path, (200, 60, 40), 3)
+    assert call("Q3.py", "--resume", "first") == 0
