@@ -36,7 +36,7 @@ from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
-from dataset_split import (InputError, Parser, add_split_options, atomic_write, changed_files, claim_folder, differences, download,
+from dataset_split import (InputError, Parser, add_split_options, atomic_write, changed_files, claim_folder, differences, download, draw_demo,
                            exit_codes, file_facts, find_data, labelled, list_photos, load_split, number, photos_in, print_same_photos, quoted,
                            set_test_aside, test_folder, train_folder, write_csv, write_json, write_manifest)
 
@@ -54,6 +54,9 @@ def get_args_parser() -> Parser:
                        help="folder with train/<Class>/ and val/<Class>/, the test set (default: inaturalist_12k)")
     group.add_argument("--download", action="store_true",
                        help="fetch iNaturalist-12K first (3.8 GB), unless it is there; a transfer that broke off goes on")
+    group.add_argument("--demo", action="store_true",
+                       help="draw a small data set into the folder demo/ and do the whole job on it, with the small CNN of --from-scratch: "
+                            "needs no network, photos or weights")
     add_split_options(group, fraction=0.25)
     group.add_argument("--split", type=Path, metavar="FILE",
                        help="a manifest that dataset_split.py wrote, instead of --fraction and --val-fraction")
@@ -141,6 +144,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
             return args  # what was not typed is in the checkpoint
     if "split" in typed and typed.keys() & {"fraction", "val_fraction", "test_fraction"}:
         parser.error("--split FILE takes the place of --fraction, --val-fraction and --test-fraction: give one or the other")
+    if "demo" in typed and "resume" not in typed:
+        if others := sorted(typed.keys() & {"data", "download", "split", "test_fraction", "weights", "freeze"}):
+            parser.error(f"--demo brings its own data and network: leave --{others[0].replace('_', '-')} out")
+        typed = DEMO | typed
     if "from_scratch" in typed and typed.keys() & {"weights", "freeze"}:
         parser.error("--from-scratch trains another network from random weights, all of it: leave --weights and --freeze out")
     if "resume" in typed:
@@ -154,8 +161,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--resume '{typed['resume']}': its photos are in '{typed['data']}', which is not there, seen from {Path.cwd()}: "
                          "go to the folder where the run was begun, or say with --data where they are now")
     args = argparse.Namespace(**(defaults | typed))
-    if args.download and "WORLD_SIZE" in os.environ:
-        parser.error("--download: fetch the photos with a single process first")
+    if (args.download or args.demo) and "WORLD_SIZE" in os.environ:
+        parser.error("--download and --demo: get the photos with a single process first")
     if args.from_scratch:
         args.weights, args.freeze = "none", 0
     lr_head, lr_backbone = (1e-3, 1e-3) if args.from_scratch else (1e-4, 1e-5) if starts_from_probe(args) else (1e-3, 1e-4)
@@ -169,6 +176,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 CHANGEABLE = {"data", "download", "workers", "cache", "cache_gb", "no_cache", "save_minutes"}  # by a run that goes on
+DEMO = {"data": Path("demo"), "fraction": 1.0, "image_size": 64, "from_scratch": True, "epochs": 20}
 USES = {"evaluate": {"data", "workers", "cache", "no_cache", "batch_size", "device", "amp", "out"},  # of a trained network, and what they can change
         "predict": {"workers", "batch_size", "device", "amp"}}
 
@@ -249,7 +257,7 @@ RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchr
 if __name__ == "__main__":  # mistakes and --help are answered here, before the seconds that torch takes to load
     with exit_codes(unsaid=(InputError, KeyboardInterrupt) if RANK else ()):
         args = get_args()
-        args.download or args.evaluate or args.predict or find_data(args.data)
+        args.download or args.demo or args.evaluate or args.predict or find_data(args.data)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # meanwhile Ctrl-C just ends
 
@@ -1660,6 +1668,8 @@ def fine_tune(args: argparse.Namespace) -> None:
         raise InputError("--no-cache: several processes share decoded photos in the cache; give --cache DIR instead")
     if args.download:
         download(args.data)
+    if args.demo:
+        draw_demo(args.data)
 
     # Photos and split: which file is in which part, with which label.
     own_split = args.resume / "split.json" if args.resume else None

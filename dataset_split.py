@@ -65,7 +65,7 @@ def find_data(folder: str | os.PathLike) -> Path:
     folder = _in_any_capitals(Path(folder))
     if not os.path.isdir(folder):
         raise InputError(f"no data folder '{folder}' (looked in {Path.cwd()}): python Q3.py --download fetches iNaturalist-12K "
-                         f"(3.8 GB, {ARCHIVE}), --data names a folder of your own")
+                         f"(3.8 GB, {ARCHIVE}), --data names a folder of your own, --demo draws one to try")
     return folder
 
 
@@ -534,6 +534,61 @@ def materialize(manifest: dict, source: Path, target: Path, mode: str) -> None:
     except OSError as error:
         raise InputError(f"--materialize '{target}' --mode {mode} failed: {error.strerror}; nothing was left there. "
                          "Another --mode (symlink, hardlink, copy) may do") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A data set to try the program with, drawn
+# ---------------------------------------------------------------------------------------------------------------------
+
+PATTERNS = "Checks", "Crosses", "Discs", "Dots", "Rays", "Rings", "Spirals", "Stripes", "Triangles", "Waves"
+
+
+def draw_demo(folder: Path, train: int = 100, test: int = 40, seed: int = 0) -> None:
+    """Draw ten classes of patterns in any colours, places, sizes and directions, so that a network has to look at their form: `train`
+    pictures a class in folder/train, `test` in folder/val. Whole or not at all; a folder that was drawn before is left as it is.
+
+    Raises:
+        InputError: it can't be made, or something else is in its place.
+    """
+    if os.path.isdir(folder / "train" / "Checks") and os.path.isdir(folder / "val"):
+        return
+    if os.path.lexists(folder):
+        raise InputError(f"'{folder}' is in the way: --demo draws its pictures there, move it away")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside:
+            pictures = [(part, name, index) for part, count in (("train", train), ("val", test)) for name in PATTERNS for index in range(count)]
+            for number, (part, name, index) in enumerate(tqdm(pictures, "Drawing", unit="picture", leave=False, disable=None)):
+                file = Path(aside, "demo", part, name, f"{index:03}.png")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                draw_picture(name, (seed, number)).save(file)
+            os.rename(Path(aside, "demo"), folder)
+    except OSError as error:
+        raise InputError(f"--demo can't draw its pictures in '{folder}': {error.strerror}") from None
+
+
+def draw_picture(name: str, seed, width: int = 80, height: int = 64):
+    """A PIL image of one of the PATTERNS, on grainy paper."""
+    import numpy as np  # here, since all else in this file does without
+    from PIL import Image
+
+    random = np.random.default_rng(seed)
+    across, down = np.meshgrid(np.arange(width) - width * random.uniform(0.35, 0.65), np.arange(height) - height * random.uniform(0.35, 0.65))
+    r, angle = np.hypot(across, down) / random.uniform(2.5, 4.5), np.arctan2(down, across) + random.uniform(0, 2 * np.pi)
+    x, y = r * np.cos(angle), r * np.sin(angle)
+    painted = {"Checks": np.sin(x) * np.sin(y) > 0,
+               "Crosses": (r < 6) & (np.minimum(abs(x), abs(y)) < 1.3),
+               "Discs": r < 5,
+               "Dots": np.cos(x) + np.cos(y) > 0.8,
+               "Rays": np.sin(7 * angle) > 0,
+               "Rings": np.sin(1.5 * r) > 0,
+               "Spirals": np.sin(r + 2 * angle) > 0,
+               "Stripes": np.sin(x) > 0,
+               "Triangles": r * np.cos(angle % (2 * np.pi / 3) - np.pi / 3) < 3,
+               "Waves": np.sin(y + 2 * np.sin(x)) > 0}[name]
+    paper = random.integers(0, 256, 3)
+    ink = (paper + random.integers(70, 187, 3)) % 256
+    grain = random.integers(-40, 41, (height, width, 1))
+    return Image.fromarray((np.where(painted[..., None], ink, paper) + grain).clip(0, 255).astype(np.uint8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
