@@ -1077,11 +1077,102 @@ def with_interval(accuracy: float, photos: int) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Pictures, where matplotlib is installed
+# ---------------------------------------------------------------------------------------------------------------------
+
+BLUE, ORANGE = "#0072b2", "#d55e00"  # which the colour-blind can tell apart (Okabe and Ito)
+
+
+def draw_pictures(out: Path, report: dict, logits: torch.Tensor, photos: "Photos", history: list[dict] = ()) -> None:
+    """Draw curves.png (of a history), confusion.png, mistakes.png and reliability.png into a run's folder.
+
+    Args:
+        report: as `test_report` gives it.
+        logits: of the test photos, float32 (photos, classes), on the CPU.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("Pictures    none, for want of matplotlib: pip install matplotlib, and --evaluate draws them", flush=True)
+    confidence, predicted = (logits / report["temperature"]).softmax(1).max(1)
+    report = report | {"classes": [name[:40].replace("$", r"\$") for name in report["classes"]]}  # between $ would be mathematics
+    figures = {name: Figure(layout="constrained", dpi=120) for name in PICTURES[not history:]}
+    if history:
+        draw_curves(figures["curves.png"], history, report["epoch"])
+    draw_confusion(figures["confusion.png"], report)
+    draw_mistakes(figures["mistakes.png"], photos, confidence, predicted, report["classes"])
+    draw_reliability(figures["reliability.png"], confidence, predicted == photos.labels.cpu(), report["calibration_error"])
+    for name, figure in figures.items():
+        with atomic_write(out / name) as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names in scripts that its font lacks, or too long to leave room
+            figure.savefig(stream, format="png")
+
+
+def draw_curves(figure, history: list[dict], best: int) -> None:
+    figure.set_size_inches(10, 4)
+    epochs = [row["epoch"] for row in history]
+    for axes, key, title in zip(figure.subplots(1, 2), ("loss", "acc"), ("Loss", "Accuracy")):
+        axes.plot(epochs, [row[f"train_{key}"] for row in history], "o--", color=ORANGE, label="training, while learning")
+        axes.plot(epochs, [row[f"val_{key}"] for row in history], "s-", color=BLUE, label="validation")
+        axes.axvline(best, color="grey", linestyle=":", label=f"best epoch: {best}")
+        axes.set(title=title, xlabel="epoch", ylim=(0, 1.02 if key == "acc" else None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+
+def draw_confusion(figure, report: dict) -> None:
+    classes, counts = report["classes"], torch.tensor(report["confusion"])
+    shares, side = counts / counts.sum(1, keepdim=True).clamp(min=1), min(40, 3 + 0.5 * len(classes))
+    figure.set_size_inches(side + 1, side)
+    axes = figure.subplots()
+    image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="part of the class's photos", shrink=0.8)
+    axes.set(title=f"Test of epoch {report['epoch']}: accuracy {report['accuracy']:.4f}, photos counted", xlabel="predicted", ylabel="is")
+    if len(classes) <= 100:  # more names and numbers could not be read
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+        for row, column in counts.nonzero().tolist():
+            axes.text(column, row, int(counts[row, column]), ha="center", va="center", color="white" if shares[row, column] > 0.5 else "black")
+
+
+def draw_mistakes(figure, photos: "Photos", confidence: torch.Tensor, predicted: torch.Tensor, classes: list[str], most: int = 15) -> None:
+    wrong = (predicted != photos.labels.cpu()).nonzero().flatten()
+    worst = wrong[confidence[wrong].argsort(descending=True)][:most].tolist()
+    figure.set_size_inches(12, 3 * max(1, math.ceil(len(worst) / 5)))
+    figure.suptitle(f"The most confident of {len(wrong):,} mistakes, as the network saw them" if worst else "No mistakes")
+    for axes, index in zip(figure.subplots(max(1, math.ceil(len(worst) / 5)), 5, squeeze=False).flatten(), worst + [None] * 5):
+        axes.axis("off")
+        if index is not None:
+            axes.imshow(photos.pixels[photos.rows[index:index + 1]][0].numpy())
+            axes.set_title(f"is {classes[photos.labels[index]]}\nseen as {classes[predicted[index]]}, {100 * confidence[index]:.0f} %", fontsize=10)
+
+
+def draw_reliability(figure, confidence: torch.Tensor, right: torch.Tensor, error: float, bins: int = 10) -> None:
+    figure.set_size_inches(6, 7)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    place = (confidence * bins).long().clamp(0, bins - 1)
+    counts, hits = (torch.bincount(of, minlength=bins) for of in (place, place[right]))
+    upper.plot([0, 1], [0, 1], "--", color="grey", label="as it should be")
+    for index in counts.nonzero().flatten().tolist():
+        share, (low, high) = int(hits[index]) / int(counts[index]), wilson_interval(int(hits[index]), int(counts[index]))
+        upper.errorbar(confidence[place == index].mean().item(), share, [[max(0.0, share - low)], [max(0.0, high - share)]], fmt="o", color=BLUE, capsize=3,
+                       label="photos of about this confidence (95 % interval)" if index == int(place.max()) else None)
+    upper.set(title=f"Confidence is off by {100 * error:.1f} points on average", ylabel="part that is right", ylim=(-0.02, 1.02))
+    upper.legend(loc="upper left")
+    lower.bar((np.arange(bins) + 0.5) / bins, counts.numpy(), width=0.9 / bins, color=BLUE)
+    lower.set(xlabel="confidence", ylabel="photos", xlim=(0, 1))
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The run's folder
 # ---------------------------------------------------------------------------------------------------------------------
 
+PICTURES = ("curves.png", "confusion.png", "mistakes.png", "reliability.png")
 RUN_FILES = ("config.json", "split.json", "history.csv", "last.pt", "best.pt", "test.json", "predictions.csv", "damaged.csv",
-             "same_photos.csv", "not_finite.csv")
+             "same_photos.csv", "not_finite.csv", *PICTURES)
 
 
 @contextmanager
@@ -1491,7 +1582,8 @@ def print_resumed(before: dict, now: dict, checkpoint: dict | None) -> None:
             print(f"Note        {name}: {now[name]}, was {before.get(name)}; figures may differ from an uninterrupted run's", flush=True)
 
 
-def test_best(model: FineTuned, parts: dict[str, list[tuple[Path, int]]], files: list[Path], cache: Path, args: argparse.Namespace) -> None:
+def test_best(model: FineTuned, parts: dict[str, list[tuple[Path, int]]], files: list[Path], cache: Path, args: argparse.Namespace,
+              history: list[dict]) -> None:
     """Score best.pt on the test photos, which nothing has opened so far. Where there is no val/, `files` are all that they lie among."""
     checkpoint = None
     if RANK == 0:
@@ -1502,17 +1594,19 @@ def test_best(model: FineTuned, parts: dict[str, list[tuple[Path, int]]], files:
         distributed.broadcast(tensor, 0)
     try:
         folder = test_folder(args.data)
-        test(model, checkpoint, parts, None if folder else files, folder or train_folder(args.data), cache, args)
+        test(model, checkpoint, parts, None if folder else files, folder or train_folder(args.data), cache, args, history)
     except InputError as error:
         raise InputError(f"{error}. Training is done, and its best epoch is safe in '{args.out / 'best.pt'}'") from None
 
 
 def test(model: FineTuned, checkpoint: dict | None, parts: dict[str, list[tuple[Path, int]]], files: list[Path] | None, folder: Path,
-         cache: Path, args: argparse.Namespace) -> None:
-    """Score a checkpoint, whose `model` the network has already, on the photos of parts["test"]; write test.json and predictions.csv.
+         cache: Path, args: argparse.Namespace, history: list[dict] = ()) -> None:
+    """Score a checkpoint, whose `model` the network has already, on the photos of parts["test"]; write test.json, predictions.csv and
+    pictures.
 
     Args:
         files: all photos of the folder they are in, if it has others.
+        history: of the run, for its curves.
     """
     facts = file_facts(files or [file for file, _ in parts["test"]])
     photos, _ = open_photos(model, parts["test"], facts, folder, cache, args)
@@ -1533,6 +1627,7 @@ def test(model: FineTuned, checkpoint: dict | None, parts: dict[str, list[tuple[
          "predicted": classes[guess], "confidence": f"{share:.6f}"}
         for (file, label), guess, share in zip(parts["test"], predicted.tolist(), confidence.tolist())])
     print_report(report)
+    draw_pictures(args.out, report, logits, photos, history)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1741,8 +1836,8 @@ def fine_tune(args: argparse.Namespace) -> None:
         if changed := changed_files(facts):
             print(f"Note        {len(changed):,} photos have changed since they were read, the first '{changed[0]}'; the run learnt from "
                   "what they were", flush=True)
-        test_best(model, parts, files, cache, args)
-    print(f"\nCheckpoints, history and predictions: {args.out}")
+        test_best(model, parts, files, cache, args, training.history)
+    print(f"\nCheckpoints, history, predictions and pictures: {args.out}")
     if PROCESSES > 1:
         distributed.destroy_process_group()
 

@@ -53,6 +53,18 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def without_pictures(request, monkeypatch):
+    """Drawing takes longer than the small runs do, so that only the tests with the fixture `pictures` draw."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(Q3, "draw_pictures", lambda *_: None)
+
+
+@pytest.fixture
+def pictures():
+    pass
+
+
 @pytest.fixture
 def data(tmp_path) -> Path:
     """A fresh data folder of three classes with 10 training and 4 test photos each; a test may spoil it."""

@@ -102,7 +102,8 @@ def read_csv(file: Path) -> list[dict]:
 
 def test_job_leaves_the_run_folder_of_the_readme(run, shared_data):
     out = run[1]
-    assert sorted(os.listdir(out)) == ["best.pt", "config.json", "history.csv", "last.pt", "predictions.csv", "split.json", "test.json"]
+    assert sorted(os.listdir(out)) == ["best.pt", "config.json", "confusion.png", "curves.png", "history.csv", "last.pt", "mistakes.png", "predictions.csv",
+                                       "reliability.png", "split.json", "test.json"]
     assert list(read_csv(out / "history.csv")[0]) == ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr_head",
                                                       "lr_backbone", "seconds", "images_per_second"]
     photos = dataset_split.list_photos(shared_data / "train")
@@ -962,7 +963,7 @@ FLAGS = {  # flag: (value, what the run folder then shows)
     "--out": (None, lambda out: out.name == "other"),
 }
 TESTED_ELSEWHERE = {"--split", "--weights", "--device", "--workers", "--no-cache", "--help", "--resume", "--download", "--skip-damaged", "--save-minutes",
-                    "--from-scratch", "--evaluate", "--predict", "--test-fraction"}
+                    "--from-scratch", "--evaluate", "--predict", "--test-fraction", "--demo"}
 
 
 def test_every_flag_has_a_test():

@@ -4,8 +4,10 @@ import csv
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -176,10 +178,10 @@ def test_evaluate_on_what_was_learnt_says_so(trained, shared_data, capsys):
     assert "Note        30 of the photos are such as the network learnt from or was chosen by" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [(), ("--recipe", "reference"), ("--freeze", 9), ("--from-scratch",)])
-def test_two_classes_and_a_hundred(flags, small_network, tmp_path):
+@pytest.mark.parametrize("flags", [(), ("--freeze", 9), ("--from-scratch",)])
+def test_two_classes_and_many(flags, small_network, tmp_path):
     quick = QUICK[2:] if flags == ("--from-scratch",) else QUICK
-    for count in (2, 100):
+    for count in (2, 40):
         data = of_ones_own(tmp_path / f"{count}", [f"{index:03}" for index in range(count)], 5)
         assert call("Q3.py", "--data", data, *quick, *flags, "--out", f"run-{count}") == 0
         report = json.loads(Path(f"run-{count}/test.json").read_text())
@@ -194,3 +196,84 @@ def test_damaged_photo_of_a_test_part_is_not_left_out(small_network, tmp_path, r
     assert path in line and "Training is done" in line and "--skip-damaged" not in line
     draw_photo(data / path, (200, 60, 40), 3)
     assert call("Q3.py", "--resume", "first") == 0
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+def drawn(out: Path) -> dict[str, Image.Image]:
+    return {file.name: Image.open(file) for file in sorted(out.glob("*.png"))}
+
+
+def has(image: Image.Image, colour: str) -> bool:
+    pixels = np.asarray(image.convert("RGB")).astype(int)
+    return bool((abs(pixels - np.array([int(colour[place:place + 2], 16) for place in (1, 3, 5)])).sum(-1) < 8).any())
+
+
+def test_pictures_of_a_run_and_of_an_evaluation(small_network, shared_data, pictures, capsys):
+    assert call("Q3.py", "--data", shared_data, *QUICK, "--out", "first") == 0
+    images = drawn(Path("first"))
+    assert list(images) == ["confusion.png", "curves.png", "mistakes.png", "reliability.png"]
+    assert has(images["curves.png"], Q3.BLUE) and has(images["curves.png"], Q3.ORANGE) and has(images["reliability.png"], Q3.BLUE)
+    assert call("Q3.py", "--evaluate", "first/best.pt", "--out", "again") == 0
+    assert list(drawn(Path("again"))) == ["confusion.png", "mistakes.png", "reliability.png"]
+    for name, image in drawn(Path("again")).items():
+        assert image.tobytes() == images[name].tobytes(), name
+    captured = capsys.readouterr()
+    assert not captured.err and "Pictures" not in captured.out
+
+
+def test_run_without_matplotlib(small_network, shared_data, pictures, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert call("Q3.py", "--data", shared_data, *QUICK, "--out", "first") == 0
+    assert "Pictures    none, for want of matplotlib: pip install matplotlib" in capsys.readouterr().out
+    assert not list(Path("first").glob("*.png")) and Path("first/predictions.csv").exists()
+
+
+@pytest.mark.parametrize("classes, right", [(["a", "b"], True), (["$a$", "$\\frac{", "漢字", "x" * 200], False), ([f"{index}" for index in range(150)], False)])
+def test_pictures_of_odd_tests(classes, right, pictures, capsys):
+    """No mistakes at all, class names that are no plain words, and so many classes that none can be named."""
+    count = 2 * len(classes)
+    pixels = Q3.Store(Path("stores"), "pixels", ("facts",), count, (8, 8, 3), torch.uint8)
+    pixels.write(torch.arange(count), torch.zeros(count, 8, 8, 3, dtype=torch.uint8))
+    labels = torch.arange(count) % len(classes)
+    photos = Q3.Photos(Q3.FineTuned(Q3.small_cnn(2), 0), pixels, torch.arange(count), labels)
+    logits = 9.0 * torch.nn.functional.one_hot(labels if right else labels.flip(0), len(classes)).float()
+    Path("out").mkdir()
+    Q3.draw_pictures(Path("out"), {"epoch": 1, **Q3.test_report(logits, labels, classes)}, logits, photos)
+    assert all(min(image.size) > 200 and len(image.convert("RGB").getcolors(2**24)) > 5 for image in drawn(Path("out")).values())
+    assert not capsys.readouterr().err
+
+
+# -- the demo ---------------------------------------------------------------------------------------------------------
+
+def test_demo_is_learnt(pictures):
+    dataset_split.draw_demo(Path("demo"), train=60, test=10)
+    assert call("Q3.py", "--demo", "--epochs", 12, "--image-size", 48, "--out", "first") == 0
+    report = json.loads(Path("first/test.json").read_text())
+    assert report["classes"] == list(dataset_split.PATTERNS) and report["photos"] == 100 and report["accuracy"] > 0.35
+    assert len(list(Path("first").glob("*.png"))) == 4
+    assert call("Q3.py", "--resume", "first") == 0 and json.loads(Path("first/test.json").read_text()) == report
+
+
+def test_demo_draws_its_data_once_and_the_same_everywhere(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(Q3, "draw_demo", lambda folder: dataset_split.draw_demo(folder, train=5, test=1))
+    assert call("Q3.py", "--demo", "--epochs", 1, "--image-size", 32, "--out", "first") == 0
+    pixels = {file.relative_to("demo"): np.asarray(Image.open(file)) for file in sorted(Path("demo").rglob("*.png"))}
+    assert len(pixels) == 60 and len({value.tobytes() for value in pixels.values()}) == 60
+    made = {file: file.stat().st_mtime_ns for file in Path("demo").rglob("*.png")}
+    dataset_split.draw_demo(Path("demo"), train=5, test=1)
+    assert made == {file: file.stat().st_mtime_ns for file in Path("demo").rglob("*.png")}
+    dataset_split.draw_demo(Path("other"), train=5, test=1)
+    assert all((np.asarray(Image.open("other" / name)) == value).all() for name, value in pixels.items())
+    assert sum(int(value.astype(int).sum()) for value in pixels.values()) == pytest.approx(114453780, rel=1e-4)
+    shutil.rmtree("demo")
+    Path("demo").mkdir()
+    assert "'demo' is in the way" in refused("Q3.py", "--demo", "--out", "second")
+    assert "leave --data out" in refused("Q3.py", "--demo", "--data", "photos")
+    assert "leave --weights out" in refused("Q3.py", "--demo", "--weights", "none")
+
+
+def test_demo_that_cannot_be_drawn_leaves_nothing(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(dataset_split, "draw_picture", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "--demo can't draw its pictures in 'demo': No space left" in refused("Q3.py", "--demo")
+    assert not list(tmp_path.iterdir())
