@@ -3,7 +3,11 @@
 import csv
 import io
 import json
+import os
+import re
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +18,7 @@ from PIL import Image
 
 import dataset_split
 import Q3
-from conftest import QUICK, call, draw_data, draw_photo
+from conftest import QUICK, ROOT, call, draw_data, draw_photo
 
 
 @pytest.fixture
@@ -277,3 +281,39 @@ def test_demo_that_cannot_be_drawn_leaves_nothing(tmp_path, monkeypatch, refused
     monkeypatch.setattr(dataset_split, "draw_picture", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert "--demo can't draw its pictures in 'demo': No space left" in refused("Q3.py", "--demo")
     assert not list(tmp_path.iterdir())
+
+
+# -- the README's tour ------------------------------------------------------------------------------------------------
+
+def test_commands_of_the_tour_do_what_it_says(small_network, monkeypatch, capsys):
+    """From the demo to a network of one's own, typed in its order; with few pictures and a small network."""
+    monkeypatch.setattr(Q3, "draw_demo", lambda folder: dataset_split.draw_demo(folder, train=5, test=1))
+    monkeypatch.setattr(Q3, "initial_state", lambda spec: load("small.pth") if spec != "none" else None)
+    for name in ("inaturalist_12k", "other_photos"):
+        draw_data(Path(name), train=30)
+    Path("other_photos/val").rename("test")
+    shutil.rmtree("other_photos")
+    Path("test").rename("other_photos")
+    of_ones_own(Path("my_photos"), ["cat", "dog"])
+    for name in ("frog.jpg", "holiday/1.jpg", "new_photos/2.jpg"):
+        draw_photo(Path(name), (200, 60, 40), 3)
+    os.utime("frog.jpg", (0, 0))
+    text = (ROOT / "README.md").read_text()
+    lines = re.findall(r"^    (.*python .*)$", text[text.index("## A tour"):text.index("## The data")], re.MULTILINE)
+    assert len(lines) == 11
+    for line in lines:
+        listing, _, command = line.rpartition(" | ")
+        monkeypatch.setattr("sys.stdin", io.StringIO(subprocess.check_output(listing, shell=True, text=True) if listing else ""))
+        script, *words = shlex.split(command.split(" > ")[0])[1:]
+        quick = () if script != "Q3.py" or {"--predict", "--evaluate"} & set(words) else ("--image-size", 32, "--epochs", 1, "--device", "cpu", "--amp", "off")
+        capsys.readouterr()
+        assert call(script, *words, *quick) == 0, line
+        out = capsys.readouterr().out
+        if "--predict" in words:
+            assert out.startswith("path\tclass\tconfidence") and "error" not in out and len(out.splitlines()) == 1 + {"demo/val/Rings": 1, "holiday": 2}.get(words[-1], 1)
+    assert sorted(folder.name for folder in Path("runs").iterdir()) == ["again", "demo", "first", "mine", "other", "quick"]
+    assert Path("runs/again/predictions.csv").read_bytes() == Path("runs/first/predictions.csv").read_bytes()
+
+
+def load(file: str) -> dict:
+    return torch.load(file, weights_only=True)
