@@ -11,7 +11,11 @@ The first six children of the network (conv1 to layer2) stay as ImageNet left th
 for ten classes and learns fast, and the layers between learn slowly. The best epoch on the validation photos is tested
 once. Which photos there are, and which is in which part, is dataset_split.py's business; a list of (file, label) is
 all that comes from there. A run that was interrupted goes on with --resume, and ends as if nothing had been.
-On several GPUs: torchrun --nproc-per-node=N Q3.py
+
+    python Q3.py --demo                                       see it work first, on drawn pictures
+    python Q3.py --evaluate runs/NAME/best.pt                 test what was trained
+    python Q3.py --predict runs/NAME/best.pt PHOTO ...        and use it
+    torchrun --nproc-per-node=N Q3.py                         the same on several GPUs
 """
 
 import argparse

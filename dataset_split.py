@@ -11,8 +11,11 @@ How a photo finds its place: the photos of a class are put in the order of a has
 place depends on nothing else, so a smaller subset is always inside a larger one, and no photo ever moves between
 training and validation when the fraction changes.
 
+Where there is no val/ with test photos, a part of each class (--test-fraction) is set aside for the test first, by a hash of
+the path alone: always the same photos, whatever the fractions and the seed of the rest.
+
 The module also holds what else Q3.py does with files: the folder of a run, files that are never half written, photos that
-are there twice, and the download of the public data set.
+are there twice, the pictures of the demo, and the download of the public data set.
 """
 
 import argparse
