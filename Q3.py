@@ -1644,14 +1644,17 @@ def trained(file: Path, args: argparse.Namespace) -> tuple[dict, FineTuned]:
     Raises:
         InputError: the file is no checkpoint, or damaged, or photos were prepared in another way for it.
     """
-    checkpoint = load_checkpoint(file)
+    checkpoint, asked = load_checkpoint(file), args.device
     with fitting(file):
         own, classes = typed_again(checkpoint["options"]) | {"out": None}, checkpoint["classes"]
         vars(args).update({name: value for name, value in own.items() if getattr(args, name) is None})
         if checkpoint["preprocessing"] != preprocessing(args):
             raise InputError(f"'{file}' learnt from photos that were prepared in another way than by this version of Q3.py: use the "
                              "version that wrote it")
-    device = pick_device(args.device)
+    try:
+        device = pick_device(args.device)
+    except InputError:
+        device = pick_device(asked or "auto")  # it may have been trained on another machine
     with fitting(file):
         network = small_cnn(len(classes)) if args.from_scratch else build_network("none", len(classes))
         network.load_state_dict(checkpoint["model"])

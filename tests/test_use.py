@@ -111,6 +111,15 @@ def test_predict_needs_nothing_but_the_checkpoint(trained, shared_data, predicte
     assert sorted(file.name for file in elsewhere.iterdir()) == ["a.jpg", "best.pt"]
 
 
+def test_network_that_was_trained_on_a_gpu_is_used_without_one(trained, shared_data, predicted, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    checkpoint = torch.load(trained / "best.pt", weights_only=True)
+    torch.save({**checkpoint, "options": {**checkpoint["options"], "device": "cuda"}}, "cuda.pt")
+    photo = next(shared_data.rglob("*.jpg"))
+    assert predicted("cuda.pt", photo) == predicted(trained / "best.pt", photo)
+    assert "--device cuda: this machine" in refused("Q3.py", "--predict", "cuda.pt", photo, "--device", "cuda")
+
+
 def test_predict_walks_folders_and_reads_lists_and_goes_on_after_damaged_photos(trained, predicted):
     for name in ("deep/er/b.jpg", "deep/c.png", "deep/.hidden.jpg", "odd\tname.jpg"):
         draw_photo(Path(name), (200, 60, 40), 3)
