@@ -42,7 +42,7 @@ from pathlib import Path
 
 from dataset_split import (InputError, Parser, add_split_options, atomic_write, changed_files, claim_folder, differences, download, draw_demo,
                            exit_codes, file_facts, find_data, labelled, list_photos, load_split, number, photos_in, print_same_photos, quoted,
-                           set_test_aside, test_folder, train_folder, write_csv, write_json, write_manifest)
+                           refuse_inside_photos, test_folder, train_folder, write_csv, write_json, write_manifest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def get_args_parser() -> Parser:
 
     group = parser.add_argument_group("photos")
     group.add_argument("--data", type=Path, default=Path("inaturalist_12k"), metavar="DIR",
-                       help="folder with train/<Class>/ and val/<Class>/, the test set (default: inaturalist_12k)")
+                       help="folder with train/<Class>/ and val/<Class>/, the test set; or class folders alone (default: inaturalist_12k)")
     group.add_argument("--download", action="store_true",
                        help="fetch iNaturalist-12K first (3.8 GB), unless it is there; a transfer that broke off goes on")
     group.add_argument("--demo", action="store_true",
@@ -63,7 +63,7 @@ def get_args_parser() -> Parser:
                             "needs no network, photos or weights")
     add_split_options(group, fraction=0.25)
     group.add_argument("--split", type=Path, metavar="FILE",
-                       help="a manifest that dataset_split.py wrote, instead of --fraction and --val-fraction")
+                       help="a manifest that dataset_split.py wrote, instead of --fraction, --val-fraction and --test-fraction")
     group.add_argument("--image-size", type=number(int, 32, 4096), default=224, metavar="N",
                        help="the network sees N x N pixels of a photo (default: 224)")
     group.add_argument("--skip-damaged", action="store_true",
@@ -166,7 +166,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                          "go to the folder where the run was begun, or say with --data where they are now")
     args = argparse.Namespace(**(defaults | typed))
     if (args.download or args.demo) and "WORLD_SIZE" in os.environ:
-        parser.error("--download and --demo: get the photos with a single process first")
+        parser.error("--demo is for a single process" if args.demo else "--download: fetch the photos with a single process first")
     if args.from_scratch:
         args.weights, args.freeze = "none", 0
     lr_head, lr_backbone = (1e-3, 1e-3) if args.from_scratch else (1e-4, 1e-5) if starts_from_probe(args) else (1e-3, 1e-4)
@@ -276,6 +276,7 @@ from torch.nn import functional as F
 from torchvision.models import ResNet50_Weights, resnet50
 from tqdm import tqdm
 
+torch.backends.cudnn.deterministic = True  # the same seed, the same run
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue, in [0, 1]
 BORDER = 1 / 16  # of a photo's short side, at either end: its middle 224 of 256 pixels, as IMAGENET1K_V1 was tested
 PENALTY = 0.03  # on the squares of the weights of the logistic regression that the head starts from
@@ -466,7 +467,8 @@ def read_photo(file: Path, size: int, border: float | None) -> np.ndarray:
         InputError: the file is no photo, a damaged one, or one of more pixels than Pillow thinks sane (89 million).
     """
     if not os.path.isfile(file):  # opening a pipe would wait for ever
-        raise InputError(f"'{file}' is {'a folder without photos' if os.path.isdir(file) else 'not there, or no file'}")
+        what = "a folder that holds no photos or can't be read" if os.path.isdir(file) else "not there, or no file"
+        raise InputError(f"'{file}' is {what}")
     try:
         with Image.open(file) as image:
             turn = UPRIGHT.get(orientation(image))
@@ -483,6 +485,12 @@ def read_photo(file: Path, size: int, border: float | None) -> np.ndarray:
         raise
     except Exception as error:  # for a damaged file Pillow raises nearly anything: OSError, SyntaxError, struct.error
         raise InputError(f"photo '{file}' can't be read ({first_line(error)})") from None
+
+
+def strict_about_photos() -> None:
+    """Let Pillow refuse a photo of too many pixels, and keep silent about odd metadata; the pixels are fine."""
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+    warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 def orientation(image: Image.Image) -> int:
@@ -594,8 +602,7 @@ def decode(files: list[Path], rows: torch.Tensor, pixels: Store, workers: int, b
     Raises:
         InputError: the disk is full.
     """
-    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of odd metadata; the pixels are fine
-    warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+    strict_about_photos()
     few = max(workers, min(32 * workers, 2**27 // pixels.row_bytes))
     damaged = {}
 
@@ -1062,15 +1069,15 @@ def test_report(logits: torch.Tensor, labels: torch.Tensor, classes: list[str], 
             "per_class": per_class, "classes": classes, "confusion": confusion.tolist()}
 
 
-def print_report(report: dict) -> None:
+def print_report(report: dict, tested: str) -> None:
     unscaled = f"; {100 * report['calibration_error_unscaled']:.1f} without the temperature of {report['temperature']:.2f}"
-    print(f"\nTest of the best epoch ({report['epoch']}) on {report['photos']:,} photos: accuracy "
+    print(f"\nTest of {tested} on {report['photos']:,} photos: accuracy "
           f"{with_interval(report['accuracy'], report['photos'])}, loss {report['loss']:.4f}\n"
           f"Confidence is off by {100 * report['calibration_error']:.1f} points on average (expected calibration error)"
           f"{unscaled if report['temperature'] != 1 else ''}\n")
     width = max(len("Class"), *(len(name) for name in report["classes"]))
     print(f"{'Class':{width}} | Photos | Precision | Recall (95 % interval) |     F1")
-    for name, row in report["per_class"].items():
+    for name, row in ((name, row) for name, row in report["per_class"].items() if row["photos"]):
         low, high = row["recall_interval_95"]
         print(f"{name:{width}} | {row['photos']:6} | {row['precision']:9.4f} | {row['recall']:6.4f} ({low:.4f}-{high:.4f}) | {row['f1']:6.4f}")
 
@@ -1087,7 +1094,7 @@ def with_interval(accuracy: float, photos: int) -> str:
 BLUE, ORANGE = "#0072b2", "#d55e00"  # which the colour-blind can tell apart (Okabe and Ito)
 
 
-def draw_pictures(out: Path, report: dict, logits: torch.Tensor, photos: "Photos", history: list[dict] = ()) -> None:
+def draw_pictures(out: Path, report: dict, logits: torch.Tensor, photos: Photos, history: list[dict] = ()) -> None:
     """Draw curves.png (of a history), confusion.png, mistakes.png and reliability.png into a run's folder.
 
     Args:
@@ -1097,10 +1104,10 @@ def draw_pictures(out: Path, report: dict, logits: torch.Tensor, photos: "Photos
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return print("Pictures    none, for want of matplotlib: pip install matplotlib, and --evaluate draws them", flush=True)
+        return print("Pictures    none, for want of matplotlib: pip install matplotlib, and type the command, or --resume, again", flush=True)
     confidence, predicted = (logits / report["temperature"]).softmax(1).max(1)
-    report = report | {"classes": [name[:40].replace("$", r"\$") for name in report["classes"]]}  # between $ would be mathematics
-    figures = {name: Figure(layout="constrained", dpi=120) for name in PICTURES[not history:]}
+    report = report | {"classes": [plain(name) for name in report["classes"]]}
+    figures = {name: Figure(layout="constrained", dpi=120) for name in PICTURES if history or name != "curves.png"}
     if history:
         draw_curves(figures["curves.png"], history, report["epoch"])
     draw_confusion(figures["confusion.png"], report)
@@ -1110,6 +1117,11 @@ def draw_pictures(out: Path, report: dict, logits: torch.Tensor, photos: "Photos
         with atomic_write(out / name) as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of names in scripts that its font lacks, or too long to leave room
             figure.savefig(stream, format="png")
+
+
+def plain(name: str) -> str:
+    """A name as matplotlib draws it: no mathematics between dollar signs, no bytes that are no text, and not too long."""
+    return name[:40].replace("$", r"\$").encode("utf-8", "replace").decode()
 
 
 def draw_curves(figure, history: list[dict], best: int) -> None:
@@ -1140,16 +1152,18 @@ def draw_confusion(figure, report: dict) -> None:
             axes.text(column, row, int(counts[row, column]), ha="center", va="center", color="white" if shares[row, column] > 0.5 else "black")
 
 
-def draw_mistakes(figure, photos: "Photos", confidence: torch.Tensor, predicted: torch.Tensor, classes: list[str], most: int = 15) -> None:
+def draw_mistakes(figure, photos: Photos, confidence: torch.Tensor, predicted: torch.Tensor, classes: list[str], most: int = 15) -> None:
     wrong = (predicted != photos.labels.cpu()).nonzero().flatten()
     worst = wrong[confidence[wrong].argsort(descending=True)][:most].tolist()
-    figure.set_size_inches(12, 3 * max(1, math.ceil(len(worst) / 5)))
+    rows = max(1, math.ceil(len(worst) / 5))
+    figure.set_size_inches(12, 3 * rows)
     figure.suptitle(f"The most confident of {len(wrong):,} mistakes, as the network saw them" if worst else "No mistakes")
-    for axes, index in zip(figure.subplots(max(1, math.ceil(len(worst) / 5)), 5, squeeze=False).flatten(), worst + [None] * 5):
+    for axes, index in zip(figure.subplots(rows, 5, squeeze=False).flatten(), worst + [None] * 5):
         axes.axis("off")
         if index is not None:
             axes.imshow(photos.pixels[photos.rows[index:index + 1]][0].numpy())
-            axes.set_title(f"is {classes[photos.labels[index]]}\nseen as {classes[predicted[index]]}, {100 * confidence[index]:.0f} %", fontsize=10)
+            axes.set_title(f"is {classes[photos.labels[index]]}\nseen as {classes[predicted[index]]}, {100 * confidence[index]:.0f} %\n"
+                           + plain(photos.files[index].name if photos.files else ""), fontsize=9)
 
 
 def draw_reliability(figure, confidence: torch.Tensor, right: torch.Tensor, error: float, bins: int = 10) -> None:
@@ -1174,6 +1188,7 @@ def draw_reliability(figure, confidence: torch.Tensor, right: torch.Tensor, erro
 # The run's folder
 # ---------------------------------------------------------------------------------------------------------------------
 
+NO_CACHE = ".until-the-run-ends"  # the folder in it that --no-cache takes for a cache
 PICTURES = ("curves.png", "confusion.png", "mistakes.png", "reliability.png")
 RUN_FILES = ("config.json", "split.json", "history.csv", "last.pt", "best.pt", "test.json", "predictions.csv", "damaged.csv",
              "same_photos.csv", "not_finite.csv", *PICTURES)
@@ -1193,7 +1208,7 @@ def run_folder(args: argparse.Namespace):
             yield
         finally:
             if args.no_cache:
-                shutil.rmtree(args.out / ".cache", ignore_errors=True)
+                shutil.rmtree(args.out / NO_CACHE, ignore_errors=True)
     except KeyboardInterrupt:
         begun = (args.out / "config.json").exists()
         raise KeyboardInterrupt(f"go on with: {command}" if begun else "nothing was learnt yet, type the command again") from None
@@ -1308,7 +1323,8 @@ def open_photos(model: FineTuned, pairs: list[tuple[Path, int]], facts: list[tup
     if damaged and not (may_skip and args.skip_damaged):
         few, more = "; ".join(list(damaged.values())[:3]), f"; and {len(damaged) - 3} more" if len(damaged) > 3 else ""
         advice = ", or leave damaged ones out with --skip-damaged" if may_skip else ""
-        raise InputError(f"{few}{more}: replace or remove {'them' if len(damaged) > 1 else 'it'}{advice}")
+        remove = "" if folder == train_folder(args.data) and not may_skip else " or remove"  # what the split names has to stay
+        raise InputError(f"{few}{more}: replace{remove} {'them' if len(damaged) > 1 else 'it'}{advice}")
     pairs = [(file, label) for file, label in pairs if row_of[file] not in damaged]
     rows = torch.tensor([row_of[file] for file, _ in pairs], dtype=torch.long)
     pixels.check(rows)
@@ -1343,10 +1359,12 @@ class Training:
     Args:
         in_train, in_val: which of the photos are in which part, int64.
         config: the run's config.json.
+        test: paths of the test photos that were set aside, where there is no val/.
     """
 
     def __init__(self, model: FineTuned, photos: Photos, in_train: torch.Tensor, in_val: torch.Tensor, args: argparse.Namespace,
-                 config: dict):
+                 config: dict, test: Sequence[str] = ()):
+        self.test = list(test)
         self.model, self.photos, self.args, self.config = model, photos, args, config
         self.in_train, self.in_val = in_train, in_val
         paths = [file.relative_to(train_folder(args.data)).as_posix() for file in photos.files]
@@ -1382,7 +1400,7 @@ class Training:
                       **{key: self.config[key] for key in ("classes", "preprocessing", "options")},
                       "epoch": self.history[-1]["epoch"] if self.history else 0, "history": self.history, "step": self.step,
                       "totals": totals, "seconds": self.seconds, "temperature": self.temperature, "checksums": self.checksums,
-                      "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+                      "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "test": self.test}
         for name in names:
             save_checkpoint(self.args.out / name, checkpoint)
 
@@ -1559,7 +1577,7 @@ def own_checkpoint(file: Path, config: dict) -> dict:
     """A checkpoint of the run that has this config.json, and of no other."""
     checkpoint = load_checkpoint(file)
     with fitting(file):
-        other = [name for name in config["options"] if name not in (*CHANGEABLE, "out") and checkpoint["options"].get(name) != config["options"][name]]
+        other = [name for name in config["options"] if name not in (*CHANGEABLE, "out") and (checkpoint["options"].get(name) or None) != (config["options"][name] or None)]
         if other or checkpoint["classes"] != config["classes"]:
             raise InputError(f"'{file}' and config.json are of different runs: they differ in {', '.join(other) or 'the classes'}")
     return checkpoint
@@ -1622,15 +1640,17 @@ def test(model: FineTuned, checkpoint: dict | None, parts: dict[str, list[tuple[
     if learnt:
         print(f"Note        {len(learnt):,} of the photos are such as the network learnt from or was chosen by, the first '{learnt[0]}'", flush=True)
     classes, labels = checkpoint["classes"], photos.labels.cpu()
-    report = {"epoch": checkpoint["epoch"], **test_report(logits, labels, classes, checkpoint["temperature"]),
-              "same_photos": print_same_photos(parts, args.data, args.out)}
+    report = {"epoch": checkpoint["epoch"], **test_report(logits, labels, classes, checkpoint["temperature"])}
+    if "train" in parts:
+        report["same_photos"] = print_same_photos(parts, args.data, args.out)
     write_json(args.out / "test.json", report)
     confidence, predicted = (logits / checkpoint["temperature"]).softmax(1).max(1)
     write_csv(args.out / "predictions.csv", [
         {"path": file.relative_to(folder).as_posix(), "label": classes[label],
          "predicted": classes[guess], "confidence": f"{share:.6f}"}
         for (file, label), guess, share in zip(parts["test"], predicted.tolist(), confidence.tolist())])
-    print_report(report)
+    print_report(report, f"the best epoch ({checkpoint['epoch']})" if "train" in parts else
+                 f"epoch {checkpoint['epoch']}" + (f" and {checkpoint['step']} steps of the next" if checkpoint["step"] else ""))
     draw_pictures(args.out, report, logits, photos, history)
 
 
@@ -1644,9 +1664,9 @@ def trained(file: Path, args: argparse.Namespace) -> tuple[dict, FineTuned]:
     Raises:
         InputError: the file is no checkpoint, or damaged, or photos were prepared in another way for it.
     """
-    checkpoint, asked = load_checkpoint(file), args.device
+    checkpoint, asked = load_checkpoint(file), dict(vars(args))
     with fitting(file):
-        own, classes = typed_again(checkpoint["options"]) | {"out": None}, checkpoint["classes"]
+        own, classes = typed_again(checkpoint["options"]) | {"out": None, "no_cache": False}, checkpoint["classes"]
         vars(args).update({name: value for name, value in own.items() if getattr(args, name) is None})
         if checkpoint["preprocessing"] != preprocessing(args):
             raise InputError(f"'{file}' learnt from photos that were prepared in another way than by this version of Q3.py: use the "
@@ -1654,12 +1674,14 @@ def trained(file: Path, args: argparse.Namespace) -> tuple[dict, FineTuned]:
     try:
         device = pick_device(args.device)
     except InputError:
-        device = pick_device(asked or "auto")  # it may have been trained on another machine
-    with fitting(file):
-        network = small_cnn(len(classes)) if args.from_scratch else build_network("none", len(classes))
-        network.load_state_dict(checkpoint["model"])
-    network.to(device, memory_format=layout(device))
-    return checkpoint, FineTuned(network, args.freeze, pick_precision(args.amp, device), holds_batchnorm(args)).eval()
+        device = pick_device(asked["device"] or "auto")  # it may have been trained on another machine
+    precision = pick_precision("auto" if args.amp == "fp16" != asked["amp"] and device.type != "cuda" else args.amp, device)
+    with memory_advice(args):
+        with fitting(file):
+            network = small_cnn(len(classes)) if args.from_scratch else build_network("none", len(classes))
+            network.load_state_dict(checkpoint["model"])
+        network.to(device, memory_format=layout(device))
+        return checkpoint, FineTuned(network, args.freeze, precision, holds_batchnorm(args)).eval()
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -1668,25 +1690,28 @@ def evaluate(args: argparse.Namespace) -> None:
     Raises:
         InputError: a checkpoint or photos that can't be used.
     """
-    file = args.evaluate
+    file, typed = args.evaluate, args.data
     checkpoint, model = trained(file, args)
+    if not (typed or os.path.isdir(args.data)):
+        raise InputError(f"--evaluate '{file}': its photos were in '{args.data}', which is not there, seen from {Path.cwd()}: name a folder with --data")
     args.data = find_data(args.data)
     folder = test_folder(args.data) or train_folder(args.data)
     photos, classes = list_photos(folder, least=1), checkpoint["classes"]
     if not photos.keys() <= set(classes):
         raise InputError(f"'{folder}' has classes that '{file}' has not learnt: {differences(classes, photos, 'the checkpoint', 'the folder')}")
-    files = paths = [path for name in photos for path in photos[name]]
-    if args.test_fraction and not test_folder(args.data) and checkpoint["checksums"].keys() & set(paths):  # then a part was set aside
-        paths = set_test_aside(photos, args.test_fraction)[1]
-    pairs, files = labelled(folder, paths, classes), [folder / path for path in files]
+    paths = every = [path for name in photos for path in photos[name]]
+    aside = checkpoint.get("test") if not test_folder(args.data) and set(checkpoint.get("test", [])) <= set(paths) else []
+    paths = aside or paths
+    pairs, files = labelled(folder, paths, classes), [folder / path for path in every]
+    refuse_inside_photos(args)
     with run_folder(args), memory_advice(args):
         print(f"Checkpoint  {file}, epoch {checkpoint['epoch']}\n"
-              f"Photos      {len(pairs):,} test; {len(photos)} classes ({folder})\n"
+              f"Photos      {len(pairs):,} test; {len(photos)} classes ({folder}{', those set aside before training' if aside else ''})\n"
               f"Device      {model.device.type}, {str(model.precision).removeprefix('torch.')}\n"
               f"Results     {args.out}", flush=True)
         if len(photos) < len(classes):
             print(f"Note        {differences(classes, photos, 'the checkpoint', 'the folder')}", flush=True)
-        test(model, checkpoint, {"test": pairs}, files, folder, args.out / ".cache" if args.no_cache else args.cache, args)
+        test(model, checkpoint, {"test": pairs}, files, folder, args.out / NO_CACHE if args.no_cache else args.cache, args)
 
 
 def classify(args: argparse.Namespace) -> None:
@@ -1696,9 +1721,11 @@ def classify(args: argparse.Namespace) -> None:
     """
     file, *places = args.predict
     checkpoint, model = trained(file, args)
-    if not places and sys.stdin.isatty():
+    if not places and (sys.stdin is None or sys.stdin.isatty()):
         raise InputError("--predict CKPT PHOTO ...: name photos or folders, or send a list of them to standard input")
-    listed = (line.rstrip("\n") for line in sys.stdin) if not places or places == [Path("-")] else map(str, places)
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a name may hold any bytes
+    listed = (line.rstrip("\r\n") for line in sys.stdin or ()) if not places or places == [Path("-")] else map(str, places)
     files = (photo for place in listed if place for photo in photos_in(Path(place)))
     groups = iter(lambda: list(islice(files, args.batch_size)), [])
     shown = min(3, len(checkpoint["classes"]))
@@ -1710,22 +1737,38 @@ def classify(args: argparse.Namespace) -> None:
             return str(error)
 
     def cells(row: list) -> str:
-        return "\t".join(str(cell).replace("\t", "\\t").replace("\n", "\\n") for cell in row)
+        return "\t".join(re.sub(r"[\t\r\n]", lambda found: repr(found[0])[1:-1], str(cell)) for cell in row)
 
-    print(cells(["path", *(name for place in ("", "_2", "_3")[:shown] for name in ("class" + place, "confidence" + place))]))
-    with memory_advice(args), ThreadPoolExecutor(args.workers) as pool:
+    strict_about_photos()
+    with printing_to_the_end(), memory_advice(args), ThreadPoolExecutor(args.workers) as pool:
         def begin(group: list[Path]) -> tuple[list[Path], list]:
             return group, [pool.submit(read, photo) for photo in group]
 
-        coming = begin(next(groups, []))
+        print(cells(["path", *(name for place in ("", "_2", "_3")[:shown] for name in ("class" + place, "confidence" + place))]), flush=True)
+        coming, total, unread = begin(next(groups, [])), 0, 0
         while coming[0]:
             (group, reading), coming = coming, begin(next(groups, []))
             found = [future.result() for future in reading]
             seen = [pixels for pixels in found if not isinstance(pixels, str)]
             rows = iter(likeliest(model, np.stack(seen), checkpoint, shown) if seen else [])
+            total, unread = total + len(found), unread + len(found) - len(seen)
             for photo, pixels in zip(group, found):
                 print(cells([photo, *(["error", pixels] if isinstance(pixels, str) else next(rows))]))
             sys.stdout.flush()
+    if unread:
+        print(f"{unread:,} of {total:,} could not be read: see 'error' in their rows", file=sys.stderr)
+
+
+@contextmanager
+def printing_to_the_end():
+    """Turn what is said about a full disk behind standard output into one line."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again in the end
+        raise InputError(f"the rows can't be written: {error.strerror}") from None
 
 
 @torch.no_grad()
@@ -1789,7 +1832,6 @@ def fine_tune(args: argparse.Namespace) -> None:
                          "can't average them over several CPU processes: use one process")
     if PROCESSES > 1:
         join_processes(device)
-    torch.backends.cudnn.deterministic = True  # the same seed, the same run
     torch.manual_seed(args.seed)  # for the first weights of fc
     earlier, checkpoint = load_run(args.resume, classes) if args.resume else ({}, None)
     with memory_advice(args), first_on_this_machine():
@@ -1803,6 +1845,7 @@ def fine_tune(args: argparse.Namespace) -> None:
     if synchronise:
         nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
 
+    refuse_inside_photos(args)
     with run_folder(args), memory_advice(args), stopping_between_steps():
         # What is going to happen, on the screen and in the run's folder.
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
@@ -1823,7 +1866,7 @@ def fine_tune(args: argparse.Namespace) -> None:
             print_same_photos({part: parts[part] for part in ("train", "val")}, args.data, args.out)
 
         # Pixels, and the trunk's maps of them.
-        facts, cache = file_facts(files), args.out / ".cache" if args.no_cache else args.cache
+        facts, cache = file_facts(files), args.out / NO_CACHE if args.no_cache else args.cache
         photos, damaged = open_photos(model, parts["train"] + parts["val"], facts, train_folder(args.data), cache, args, may_skip=True)
         held_out = dict(parts["val"])
         in_val = torch.tensor([file in held_out for file in photos.files])
@@ -1835,7 +1878,7 @@ def fine_tune(args: argparse.Namespace) -> None:
         on_first(write_json, args.out / "config.json", config)
 
         # Epochs, then the test of the best one.
-        training = Training(model, photos, in_train, in_val, args, config)
+        training = Training(model, photos, in_train, in_val, args, config, manifest.get("test", ()))
         if checkpoint:
             training.restore(checkpoint)
             del checkpoint  # its tensors are the network's and the optimiser's now
@@ -1850,5 +1893,7 @@ def fine_tune(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with exit_codes(unsaid=KeyboardInterrupt if RANK else ()):
         main(args)

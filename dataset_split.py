@@ -76,12 +76,15 @@ def train_folder(data: Path) -> Path:
     """Where the class folders of the training photos are: in train/, or in the data folder itself.
 
     Raises:
-        InputError: there is a val/ and no train/.
+        InputError: there is a val/ and no train/, or parts of the data have other names.
     """
     if os.path.isdir(data / "train"):
         return data / "train"
     if os.path.isdir(data / "val"):
         raise InputError(f"no train/ beside val/ in the data folder '{data}': the training photos are expected as {data}/train/<Class>/<photo>.jpg")
+    if parts := [name for name in os.listdir(data) if name.lower() in ("train", "training", "test", "testing", "valid", "validation", "val")]:
+        raise InputError(f"'{data / parts[0]}' is called like a part of the data, not like a class: training photos are expected in "
+                         f"{data}/train/<Class>/ and test photos, if any, in {data}/val/<Class>/")
     return data
 
 
@@ -113,7 +116,8 @@ def list_photos(folder: Path, least: int = 2) -> dict[str, list[str]]:
             classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
         if len(classes) < least:
             found = f"one class folder only ({classes[0]!r})" if classes else "no class folders"
-            raise InputError(f"{found} in '{folder}': {least} or more are needed, each with the photos of one class")
+            raise InputError(f"{found} in '{folder}': {least} or more are needed, each with the photos of one class; --data names the folder "
+                             "that they, or train/ and val/, are in")
         files = {name: sorted(_visible_files(folder, name)) for name in classes}
     except OSError as error:
         raise InputError(f"'{error.filename or folder}' can't be listed: {error.strerror}") from None
@@ -122,7 +126,7 @@ def list_photos(folder: Path, least: int = 2) -> dict[str, list[str]]:
     for name in classes:
         if not photos[name]:
             raise InputError(f"no photos in the class folder '{folder / name}' ({', '.join(PHOTO_ENDINGS)}): "
-                             "put some there, or take the class out of train/ and val/")
+                             "put some there, or take the class out")
     others = [path for name in classes for path in files[name] if not path.lower().endswith(PHOTO_ENDINGS)]
     if others:
         print(f"left out, being no photos by their ending: {len(others)} in {folder}, the first {others[0]!r}")
@@ -130,10 +134,15 @@ def list_photos(folder: Path, least: int = 2) -> dict[str, list[str]]:
 
 
 def photos_in(place: Path) -> list[Path]:
-    """The photos of a folder and of those in it, sorted, with what is hidden left out. Anything else, and a folder without photos,
-    is given back as it is."""
-    files = sorted(Path(folder, name) for folder, _, names in _visible(place) for name in names if name.lower().endswith(PHOTO_ENDINGS))
-    return files or [place]
+    """The photos of a folder and of those in it, sorted, with what is hidden left out; then the folders in it that can't be read.
+    Anything else, and a folder without photos, is given back as it is."""
+    unreadable = []
+    try:
+        files = sorted(Path(folder, name) for folder, _, names in _visible(place, unreadable.append) for name in names
+                       if name.lower().endswith(PHOTO_ENDINGS))
+    except ValueError:  # no name of a file can hold a zero byte
+        return [place]
+    return files + [Path(error.filename) for error in unreadable if Path(error.filename) != place] or [place]
 
 
 def file_facts(files: list[Path]) -> list[tuple]:
@@ -258,7 +267,10 @@ def choose(args: argparse.Namespace) -> tuple[dict, dict[str, list[str]]]:
     if not test_folder(data):
         args.test_fraction = args.test_fraction or TEST_FRACTION
         rest, test = set_test_aside(photos, args.test_fraction)
-        manifest = split(rest, args.fraction, args.val_fraction, args.seed)
+        try:
+            manifest = split(rest, args.fraction, args.val_fraction, args.seed)
+        except InputError as error:
+            raise InputError(f"{error} ({args.test_fraction:g} of each class was set aside for the test before, see --test-fraction)") from None
         return manifest | {"test_fraction": args.test_fraction, "test": test}, photos
     if args.test_fraction:
         raise InputError(f"--test-fraction {args.test_fraction}: '{data}' has test photos of its own, in val/")
@@ -375,14 +387,22 @@ def claim_folder(out: Path | None, names: tuple[str, ...], resume: bool = False)
             out = new_folder(Path("runs"))
         out.mkdir(parents=True, exist_ok=True)
         if not resume and any((out / name).exists() for name in names):
-            raise InputError(f"--out '{out}' already holds a run: give another folder, move that one away, or go on with it: "
-                             f"python Q3.py --resume {quoted(str(out))}")
+            begun = f", or go on with it: python Q3.py --resume {quoted(str(out))}" if (out / "config.json").exists() else ""
+            raise InputError(f"--out '{out}' already holds {'a run' if begun else 'the files of one'}: give another folder, or move that one away{begun}")
         for left in (left for name in names for left in out.glob(f"{name}.[0-9]*.tmp")):
             left.unlink()
         tempfile.TemporaryFile(dir=out).close()
         return out
     except OSError as error:
         raise InputError(f"--out '{out or 'runs'}' can't be the run's folder: {error.strerror}") from None
+
+
+def refuse_inside_photos(args: argparse.Namespace) -> None:
+    """Raise InputError if --out or --cache lies among the class folders of --data, where it would be taken for a class."""
+    for name, folder in (("out", args.out or Path("runs")), ("cache", args.cache)):
+        inside, roots = Path(os.path.realpath(folder)), [Path(os.path.realpath(root)) for root in (train_folder(args.data), test_folder(args.data)) if root]
+        if any(root in inside.parents and not inside.relative_to(root).parts[0].startswith(".") for root in roots):
+            raise InputError(f"--{name} '{folder}' lies among the class folders in '{args.data}', and would be one of them: choose another folder")
 
 
 def new_folder(parent: Path) -> Path:
@@ -444,6 +464,8 @@ def read_manifest(file: str | os.PathLike, photos: dict[str, list[str]], test: b
     except (ValueError, RecursionError) as error:
         raise InputError(f"split '{file}' is not JSON: {error}") from None
 
+    if isinstance(manifest, dict) and test and "test" not in manifest:
+        raise InputError(f"split '{file}' names no test photos, and the data has no val/ with any: put that back, or make the split again")
     form = {"format": int, "fraction": (int, float), "val_fraction": (int, float), "seed": int,
             "classes": list, "train": list, "val": list, **({"test_fraction": float, "test": list} if test else {})}
     if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), kind) for key, kind in form.items()):
@@ -451,7 +473,7 @@ def read_manifest(file: str | os.PathLike, photos: dict[str, list[str]], test: b
     if manifest["format"] != MANIFEST_FORMAT:
         raise InputError(f"split '{file}' has format {manifest['format']}, this program reads {MANIFEST_FORMAT}: "
                          "write it again with dataset_split.py")
-    if not test and "test" in manifest:
+    if not test and manifest.keys() & {"test", "test_fraction"}:
         raise InputError(f"split '{file}' sets test photos aside, and the data has test photos of its own, in val/. Was it made from "
                          "other data? --data names the folder")
     named = manifest["train"] + manifest["val"] + manifest.get("test", [])
@@ -555,7 +577,7 @@ def draw_demo(folder: Path, train: int = 100, test: int = 40, seed: int = 0) -> 
     """
     if os.path.isdir(folder / "train" / "Checks") and os.path.isdir(folder / "val"):
         return
-    if os.path.lexists(folder):
+    if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise InputError(f"'{folder}' is in the way: --demo draws its pictures there, move it away")
     try:
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside:
@@ -564,6 +586,8 @@ def draw_demo(folder: Path, train: int = 100, test: int = 40, seed: int = 0) -> 
                 file = Path(aside, "demo", part, name, f"{index:03}.png")
                 file.parent.mkdir(parents=True, exist_ok=True)
                 draw_picture(name, (seed, number)).save(file)
+            if os.path.isdir(folder):
+                os.rmdir(folder)
             os.rename(Path(aside, "demo"), folder)
     except OSError as error:
         raise InputError(f"--demo can't draw its pictures in '{folder}': {error.strerror}") from None
@@ -721,7 +745,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             name = "--" + unknown[0].lstrip("-").split("=")[0]
             meant = difflib.get_close_matches(name, self._option_string_actions, 1)
-            self.error(f"no option {unknown[0]!r}" + (f": did you mean {meant[0]}?" if meant else ""))
+            self.error((f"no option {unknown[0]!r}" if unknown[0].startswith("-") else f"{unknown[0]!r} belongs to no option")
+                       + (f": did you mean {meant[0]}?" if meant else ""))
         return args
 
     def error(self, message):
@@ -763,13 +788,14 @@ def get_args_parser() -> Parser:
                     description=__doc__)
     group = parser.add_argument_group("the split")
     group.add_argument("--data", type=Path, default=Path("inaturalist_12k"), metavar="DIR",
-                       help="data folder; its train/ is split (default: inaturalist_12k)")
+                       help="data folder; its train/ is split, or itself if it has class folders only (default: inaturalist_12k)")
     add_split_options(group, fraction=1.0)
     group = parser.add_argument_group("what is written")
     group.add_argument("--out", type=Path, metavar="FILE",
                        help="the manifest (default: splits/<fraction>-<val-fraction>-<seed>.json)")
     group.add_argument("--materialize", type=Path, metavar="DIR",
-                       help="also make the split as folders DIR/train/<Class> and DIR/val/<Class>, for other tools")
+                       help="also make the split as folders DIR/train/<Class>, DIR/val/<Class> and, where test photos were set aside, "
+                            "DIR/test/<Class>, for other tools")
     group.add_argument("--mode", choices=("symlink", "hardlink", "copy"),
                        help="how --materialize puts photos there (default: symlink)")
     return parser

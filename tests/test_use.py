@@ -48,12 +48,12 @@ def read_csv(file: Path) -> list[dict]:
 def test_evaluate_gives_what_training_gave_to_the_last_digit(flags, small_network, shared_data, capsys):
     quick = QUICK[2:] if flags == ("--from-scratch",) else QUICK
     assert call("Q3.py", "--data", shared_data, *quick, *flags, "--out", "first") == 0
-    report = capsys.readouterr().out.split("Test of the best")[1].split("\n\nCheckpoints")[0]
-    for out, more in (("again", ()), ("third", ("--data", shared_data / "val", "--no-cache", "--batch-size", 8))):
+    report = capsys.readouterr().out.split(" photos: accuracy")[1].split("\n\nCheckpoints")[0]
+    for out, more in (("again", ()), ("third", ("--data", shared_data / "val", "--no-cache", "--batch-size", 5))):
         assert call("Q3.py", "--evaluate", "first/best.pt", "--out", out, *more) == 0
         assert capsys.readouterr().out.rstrip().endswith(report)
-        for name in ("test.json", "predictions.csv"):
-            assert Path(out, name).read_bytes() == Path("first", name).read_bytes()
+        assert Path(out, "predictions.csv").read_bytes() == Path("first/predictions.csv").read_bytes()
+        assert json.loads(Path(out, "test.json").read_text()) | {"same_photos": 0} == json.loads(Path("first/test.json").read_text())
         assert sorted(file.name for file in Path(out).iterdir()) == ["predictions.csv", "test.json"]
 
 
@@ -127,13 +127,22 @@ def test_predict_walks_folders_and_reads_lists_and_goes_on_after_damaged_photos(
     Path("deep/notes.txt").write_text("no photo either")
     Path("empty").mkdir()
     best = trained / "best.pt"
+    Path("empty/locked").mkdir()
     rows = predicted(best, "deep", "odd\tname.jpg", "missing.jpg", "empty", "deep/notes.txt")
     assert [(row["path"], row["class"] == "error") for row in rows] == [
         ("deep/c.png", False), ("deep/d.jpg", True), ("deep/er/b.jpg", False), ("odd\\tname.jpg", False), ("missing.jpg", True), ("empty", True), ("deep/notes.txt", True)]
-    assert "not there" in rows[4]["confidence"] and "a folder without photos" in rows[5]["confidence"]
+    assert "not there" in rows[4]["confidence"] and "a folder that holds no photos" in rows[5]["confidence"]
     listed = "deep\nodd\tname.jpg\n\nmissing.jpg\nempty\ndeep/notes.txt\n"
     assert predicted(best, listed=listed) == predicted(best, "-", listed=listed) == predicted(best, "--batch-size", 2, listed=listed) == rows
     assert predicted(best, listed="") == []
+
+
+def test_predict_takes_names_of_any_bytes(trained, predicted, capsys):
+    odd = os.fsdecode(b"caf\xe9.jpg")
+    draw_photo(Path("plain.jpg"), (200, 60, 40), 3)
+    os.rename("plain.jpg", odd)
+    rows = predicted(trained / "best.pt", listed=f"{odd}\r\nzero\0byte.jpg\n")
+    assert [row["class"] == "error" for row in rows] == [False, True]
 
 
 def test_predict_says_what_it_cannot_use(trained, refused, monkeypatch):
@@ -177,13 +186,59 @@ def test_class_folders_alone_are_enough(small_network, tmp_path, capsys):
     assert call("Q3.py", "--data", data, *QUICK, "--seed", 1, "--fraction", 0.5, "--out", "mine-2") == 0
     assert [row["path"] for row in read_csv(Path("mine-2/predictions.csv"))] == tested
     assert call("Q3.py", "--evaluate", "mine-1/best.pt", "--out", "again") == 0
-    assert Path("again/test.json").read_bytes() == Path("mine-1/test.json").read_bytes()
+    assert Path("again/predictions.csv").read_bytes() == Path("mine-1/predictions.csv").read_bytes()
     assert call("Q3.py", "--data", data, *QUICK[:2], *QUICK[4:], "--split", "mine-1/split.json", "--out", "mine-3") == 0
     assert Path("mine-3/predictions.csv").read_bytes() == Path("mine-1/predictions.csv").read_bytes()
     assert call("Q3.py", "--resume", "mine-1") == 0 and sorted(data.rglob("*")) == before
     capsys.readouterr()
     assert call("Q3.py", "--data", data, *QUICK, "--test-fraction", 0.5, "--out", "mine-4") == 0
     assert "12 training, 3 validation, 15 test" in capsys.readouterr().out
+
+
+def test_evaluate_on_other_photos_of_the_same_names_tests_them_all(small_network, tmp_path, capsys):
+    """Only where all test photos that were set aside are there is it these photos that are meant."""
+    assert call("Q3.py", "--data", of_ones_own(tmp_path / "mine", ["cat", "dog"], 10), *QUICK, "--out", "first") == 0
+    others = of_ones_own(tmp_path / "others", ["cat", "dog"], 5)
+    capsys.readouterr()
+    assert call("Q3.py", "--evaluate", "first/best.pt", "--data", others, "--out", "again") == 0
+    assert "Photos      10 test; 2 classes" in capsys.readouterr().out
+    assert call("Q3.py", "--evaluate", "first/best.pt", "--out", "third") == 0
+    assert "Photos      4 test; 2 classes" in (out := capsys.readouterr().out) and "those set aside before training" in out
+    (tmp_path / "mine" / json.loads(Path("first/split.json").read_text())["test"][0]).unlink()
+    assert call("Q3.py", "--evaluate", "first/best.pt", "--out", "fourth") == 0
+    assert "Photos      19 test" in (out := capsys.readouterr().out) and "Note        16 of the photos are such as the network learnt from" in out
+
+
+def test_run_of_a_version_without_these_options_goes_on(trained, shared_data):
+    for name in ("best.pt", "last.pt"):
+        checkpoint = torch.load(trained / name, weights_only=True)
+        for key in ("demo", "test_fraction"):
+            del checkpoint["options"][key]
+        del checkpoint["test"]
+        torch.save(checkpoint, trained / name)
+    config = json.loads((trained / "config.json").read_text())
+    del config["options"]["demo"], config["options"]["test_fraction"]
+    dataset_split.write_json(trained / "config.json", config)
+    assert call("Q3.py", "--evaluate", trained / "best.pt", "--out", "again") == 0
+    assert call("Q3.py", "--resume", trained) == 0 and call("Q3.py", "--resume", trained) == 0
+
+
+@pytest.mark.parametrize("flags, words", [(("--out", "mine/runs/1"), "--out 'mine/runs/1' lies among the class folders"),
+                                          (("--out", "mine"), None), (("--cache", "mine/cache"), "--cache 'mine/cache' lies among"), (("--cache", "mine/.cache"), None)])
+def test_nothing_is_written_where_it_would_become_a_class(flags, words, small_network, tmp_path, refused):
+    of_ones_own(tmp_path / "mine", ["cat", "dog"], 5)
+    if words:
+        assert words in refused("Q3.py", "--data", "mine", *QUICK, *flags)
+        assert sorted(path.name for path in Path("mine").iterdir()) == ["cat", "dog"]
+    else:
+        assert call("Q3.py", "--data", "mine", *QUICK, *flags) == 0
+
+
+def test_no_cache_leaves_a_cache_alone_that_is_not_its_own(trained, shared_data):
+    Path("here/.cache").mkdir(parents=True)
+    Path("here/.cache/precious").touch()
+    assert call("Q3.py", "--evaluate", trained / "best.pt", "--no-cache", "--out", "here") == 0
+    assert sorted(path.name for path in Path("here").iterdir()) == [".cache", "predictions.csv", "test.json"] and Path("here/.cache/precious").exists()
 
 
 def test_evaluate_on_what_was_learnt_says_so(trained, shared_data, capsys):
@@ -242,7 +297,7 @@ def test_run_without_matplotlib(small_network, shared_data, pictures, monkeypatc
     assert not list(Path("first").glob("*.png")) and Path("first/predictions.csv").exists()
 
 
-@pytest.mark.parametrize("classes, right", [(["a", "b"], True), (["$a$", "$\\frac{", "漢字", "x" * 200], False), ([f"{index}" for index in range(150)], False)])
+@pytest.mark.parametrize("classes, right", [(["a", "b"], True), (["$a$", "$\\frac{", "漢字", "x" * 200, "caf\udce9"], False), ([f"{index}" for index in range(150)], False)])
 def test_pictures_of_odd_tests(classes, right, pictures, capsys):
     """No mistakes at all, class names that are no plain words, and so many classes that none can be named."""
     count = 2 * len(classes)
@@ -280,7 +335,7 @@ def test_demo_draws_its_data_once_and_the_same_everywhere(tmp_path, monkeypatch,
     assert all((np.asarray(Image.open("other" / name)) == value).all() for name, value in pixels.items())
     assert sum(int(value.astype(int).sum()) for value in pixels.values()) == pytest.approx(114453780, rel=1e-4)
     shutil.rmtree("demo")
-    Path("demo").mkdir()
+    Path("demo").touch()
     assert "'demo' is in the way" in refused("Q3.py", "--demo", "--out", "second")
     assert "leave --data out" in refused("Q3.py", "--demo", "--data", "photos")
     assert "leave --weights out" in refused("Q3.py", "--demo", "--weights", "none")
