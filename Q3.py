@@ -1419,7 +1419,7 @@ class Training:
             changed = sorted(path for path in {*before, *self.checksums} if before.get(path) != self.checksums.get(path))
         if changed:
             raise CannotGoOn(f"--resume '{args.out}': {len(changed)} of the photos are not those that the run began with (changed, new, "
-                             f"or damaged then or now), the first '{changed[0]}': put them back, or start another run")
+                             f"or damaged then or now), the first '{(train_folder(args.data) / changed[0]).relative_to(args.data)}': put them back, or start another run")
         with fitting(args.out / "last.pt"):
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             for parameter, state in self.optimizer.state.items():  # Adam needs them in the parameters' layout

@@ -388,7 +388,7 @@ def claim_folder(out: Path | None, names: tuple[str, ...], resume: bool = False)
         out.mkdir(parents=True, exist_ok=True)
         if not resume and any((out / name).exists() for name in names):
             begun = f", or go on with it: python Q3.py --resume {quoted(str(out))}" if (out / "config.json").exists() else ""
-            raise InputError(f"--out '{out}' already holds {'a run' if begun else 'the files of one'}: give another folder, or move that one away{begun}")
+            raise InputError(f"--out '{out}' already holds a run: give another folder, or move that one away{begun}")
         for left in (left for name in names for left in out.glob(f"{name}.[0-9]*.tmp")):
             left.unlink()
         tempfile.TemporaryFile(dir=out).close()

@@ -302,7 +302,7 @@ def test_row_of_epoch_0_is_the_network_before_its_first_step(quick_run, shared_d
 
 
 def test_test_result_is_on_disk_before_it_is_printed(small_network, shared_data, tmp_path, monkeypatch):
-    def unprintable(report):
+    def unprintable(*_):
         raise UnicodeEncodeError("cp1252", "", 0, 1, "")
     monkeypatch.setattr(Q3, "print_report", unprintable)
     with pytest.raises(UnicodeEncodeError):
@@ -794,7 +794,7 @@ def test_memory_does_not_hold_the_rows_that_are_not_in_use():
 def test_no_cache_leaves_nothing_behind(quick_run, tmp_path, capsys):
     out = quick_run("out", "--no-cache")
     assert "Trunk maps  30 photos" in capsys.readouterr().out
-    assert not list(tmp_path.rglob("pixels-*")) and set(os.listdir(out)) == set(Q3.RUN_FILES) - {"damaged.csv", "same_photos.csv", "not_finite.csv"}
+    assert not list(tmp_path.rglob("pixels-*")) and set(os.listdir(out)) == set(Q3.RUN_FILES) - {"damaged.csv", "same_photos.csv", "not_finite.csv", *Q3.PICTURES}
 
 
 def test_data_folder_is_only_read_and_the_cache_may_lie_elsewhere(quick_run, data, tmp_path):
