@@ -487,6 +487,11 @@ def read_photo(file: Path, size: int, border: float | None) -> np.ndarray:
         raise InputError(f"photo '{file}' can't be read ({first_line(error)})") from None
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def strict_about_photos() -> None:
     """Let Pillow refuse a photo of too many pixels, and keep silent about odd metadata; the pixels are fine."""
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
@@ -1668,6 +1673,7 @@ def trained(file: Path, args: argparse.Namespace) -> tuple[dict, FineTuned]:
     with fitting(file):
         own, classes = typed_again(checkpoint["options"]) | {"out": None, "no_cache": False}, checkpoint["classes"]
         vars(args).update({name: value for name, value in own.items() if getattr(args, name) is None})
+        args.workers = args.workers or cores()
         if checkpoint["preprocessing"] != preprocessing(args):
             raise InputError(f"'{file}' learnt from photos that were prepared in another way than by this version of Q3.py: use the "
                              "version that wrote it")
@@ -1699,10 +1705,10 @@ def evaluate(args: argparse.Namespace) -> None:
     photos, classes = list_photos(folder, least=1), checkpoint["classes"]
     if not photos.keys() <= set(classes):
         raise InputError(f"'{folder}' has classes that '{file}' has not learnt: {differences(classes, photos, 'the checkpoint', 'the folder')}")
-    paths = every = [path for name in photos for path in photos[name]]
-    aside = checkpoint.get("test") if not test_folder(args.data) and set(checkpoint.get("test", [])) <= set(paths) else []
-    paths = aside or paths
-    pairs, files = labelled(folder, paths, classes), [folder / path for path in every]
+    paths = [path for name in photos for path in photos[name]]
+    with fitting(file):
+        aside = [] if test_folder(args.data) or not set(checkpoint.get("test", [])) <= set(paths) else checkpoint.get("test", [])
+    pairs, files = labelled(folder, aside or paths, classes), [folder / path for path in paths]
     refuse_inside_photos(args)
     with run_folder(args), memory_advice(args):
         print(f"Checkpoint  {file}, epoch {checkpoint['epoch']}\n"
@@ -1819,6 +1825,7 @@ def fine_tune(args: argparse.Namespace) -> None:
     # Photos and split: which file is in which part, with which label.
     own_split = args.resume / "split.json" if args.resume else None
     manifest, parts, files = load_split(args, own_split if own_split and own_split.exists() else args.split)
+    refuse_inside_photos(args)
     classes, count = manifest["classes"], len(parts["train"])
     if PROCESSES > (smallest := count // math.ceil(count / args.batch_size)):
         raise InputError(f"{PROCESSES} processes can't share steps of {smallest} photos: raise --batch-size")
@@ -1845,11 +1852,9 @@ def fine_tune(args: argparse.Namespace) -> None:
     if synchronise:
         nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
 
-    refuse_inside_photos(args)
     with run_folder(args), memory_advice(args), stopping_between_steps():
         # What is going to happen, on the screen and in the run's folder.
-        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        args.workers = args.workers or len(cores)
+        args.workers = args.workers or cores()
         options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
                    if name not in ("resume", "download", *USES)}
         config = {"options": options, "classes": classes, "photos": {part: len(pairs) for part, pairs in parts.items()},

@@ -86,6 +86,15 @@ def test_evaluate_says_what_it_cannot_use(trained, data, refused, tmp_path):
         assert words in refused("Q3.py", "--evaluate", "spoilt.pt")
 
 
+def test_evaluate_with_a_spoilt_list_of_test_photos_or_without_a_number_of_workers(trained, shared_data, refused):
+    checkpoint = torch.load(trained / "best.pt", weights_only=True)
+    torch.save({**checkpoint, "test": 5}, "spoilt.pt")
+    assert "damaged" in refused("Q3.py", "--evaluate", "spoilt.pt", "--data", shared_data / "train")
+    del checkpoint["options"]["workers"]
+    torch.save(checkpoint, "other.pt")
+    assert call("Q3.py", "--evaluate", "other.pt", "--no-cache", "--out", "other") == 0
+
+
 def test_predict_agrees_with_predictions_csv(trained, shared_data, predicted):
     rows = predicted(trained / "best.pt", shared_data / "val")
     assert list(rows[0]) == ["path", "class", "confidence", "class_2", "confidence_2", "class_3", "confidence_3"]
