@@ -40,9 +40,10 @@ from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
-from dataset_split import (InputError, Parser, add_split_options, atomic_write, changed_files, claim_folder, differences, download, draw_demo,
-                           exit_codes, file_facts, find_data, labelled, list_photos, load_split, number, photos_in, print_same_photos, quoted,
-                           refuse_inside_photos, test_folder, train_folder, write_csv, write_json, write_manifest)
+from dataset_split import (InputError, Parser, add_split_options, atomic_write, changed_files, claim_folder, differences,
+                           download, draw_demo, exit_codes, file_facts, find_data, labelled, list_photos, load_split, number,
+                           photos_in, print_same_photos, quoted, refuse_inside_photos, test_folder, train_folder, write_csv,
+                           write_json, write_manifest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,8 +182,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 CHANGEABLE = {"data", "download", "workers", "cache", "cache_gb", "no_cache", "save_minutes"}  # by a run that goes on
 DEMO = {"data": Path("demo"), "fraction": 1.0, "image_size": 64, "from_scratch": True, "epochs": 20}
-USES = {"evaluate": {"data", "workers", "cache", "no_cache", "batch_size", "device", "amp", "out"},  # of a trained network, and what they can change
-        "predict": {"workers", "batch_size", "device", "amp"}}
+USES = {  # of a trained network, and what they can change
+    "evaluate": {"data", "workers", "cache", "no_cache", "batch_size", "device", "amp", "out"},
+    "predict": {"workers", "batch_size", "device", "amp"}}
 
 
 def run_options(folder: Path) -> dict:
@@ -248,7 +250,8 @@ def holds_batchnorm(args: argparse.Namespace) -> bool:
 
 def preprocessing(args: argparse.Namespace) -> dict:
     """What is done to a photo before the network sees it."""
-    return {"image_size": args.image_size, "border": border_left_out(args), "interpolation": "bilinear", "mean": list(MEAN), "std": list(STD)}
+    return {"image_size": args.image_size, "border": border_left_out(args), "interpolation": "bilinear",
+            "mean": list(MEAN), "std": list(STD)}
 
 
 def border_left_out(args: argparse.Namespace) -> float | None:
@@ -1049,7 +1052,8 @@ def calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15
     """Expected calibration error: how far confidence is from the part that is right, among photos of about the same confidence; the
     mean over all photos."""
     confidence, predicted = logits.double().softmax(1).max(1)
-    gaps = torch.zeros(bins).double().index_add(0, (confidence * bins).long().clamp(0, bins - 1), confidence - (predicted == labels).double())
+    places = (confidence * bins).long().clamp(0, bins - 1)
+    gaps = torch.zeros(bins).double().index_add(0, places, confidence - (predicted == labels).double())
     return gaps.abs().sum().item() / len(labels)
 
 
@@ -1070,7 +1074,8 @@ def test_report(logits: torch.Tensor, labels: torch.Tensor, classes: list[str], 
                            "recall_interval_95": wilson_interval(hits, actual), "f1": 2 * hits / max(1, actual + claimed)}
     return {"photos": len(labels), "loss": loss, "accuracy": accuracy,
             "accuracy_interval_95": wilson_interval(int(confusion.trace()), len(labels)), "temperature": temperature,
-            "calibration_error": calibration_error(logits / temperature, labels), "calibration_error_unscaled": calibration_error(logits, labels),
+            "calibration_error": calibration_error(logits / temperature, labels),
+            "calibration_error_unscaled": calibration_error(logits, labels),
             "per_class": per_class, "classes": classes, "confusion": confusion.tolist()}
 
 
@@ -1082,9 +1087,11 @@ def print_report(report: dict, tested: str) -> None:
           f"{unscaled if report['temperature'] != 1 else ''}\n")
     width = max(len("Class"), *(len(name) for name in report["classes"]))
     print(f"{'Class':{width}} | Photos | Precision | Recall (95 % interval) |     F1")
-    for name, row in ((name, row) for name, row in report["per_class"].items() if row["photos"]):
+    for name, row in report["per_class"].items():
         low, high = row["recall_interval_95"]
-        print(f"{name:{width}} | {row['photos']:6} | {row['precision']:9.4f} | {row['recall']:6.4f} ({low:.4f}-{high:.4f}) | {row['f1']:6.4f}")
+        if row["photos"]:
+            print(f"{name:{width}} | {row['photos']:6} | {row['precision']:9.4f} | {row['recall']:6.4f} ({low:.4f}-{high:.4f}) | "
+                  f"{row['f1']:6.4f}")
 
 
 def with_interval(accuracy: float, photos: int) -> str:
@@ -1109,7 +1116,8 @@ def draw_pictures(out: Path, report: dict, logits: torch.Tensor, photos: Photos,
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return print("Pictures    none, for want of matplotlib: pip install matplotlib, and type the command, or --resume, again", flush=True)
+        return print("Pictures    none, for want of matplotlib: pip install matplotlib, and type the command, or --resume, again",
+                     flush=True)
     confidence, predicted = (logits / report["temperature"]).softmax(1).max(1)
     report = report | {"classes": [plain(name) for name in report["classes"]]}
     figures = {name: Figure(layout="constrained", dpi=120) for name in PICTURES if history or name != "curves.png"}
@@ -1154,7 +1162,8 @@ def draw_confusion(figure, report: dict) -> None:
         axes.set_xticks(range(len(classes)), classes, rotation=90)
         axes.set_yticks(range(len(classes)), classes)
         for row, column in counts.nonzero().tolist():
-            axes.text(column, row, int(counts[row, column]), ha="center", va="center", color="white" if shares[row, column] > 0.5 else "black")
+            axes.text(column, row, int(counts[row, column]), ha="center", va="center",
+                      color="white" if shares[row, column] > 0.5 else "black")
 
 
 def draw_mistakes(figure, photos: Photos, confidence: torch.Tensor, predicted: torch.Tensor, classes: list[str], most: int = 15) -> None:
@@ -1179,7 +1188,8 @@ def draw_reliability(figure, confidence: torch.Tensor, right: torch.Tensor, erro
     upper.plot([0, 1], [0, 1], "--", color="grey", label="as it should be")
     for index in counts.nonzero().flatten().tolist():
         share, (low, high) = int(hits[index]) / int(counts[index]), wilson_interval(int(hits[index]), int(counts[index]))
-        upper.errorbar(confidence[place == index].mean().item(), share, [[max(0.0, share - low)], [max(0.0, high - share)]], fmt="o", color=BLUE, capsize=3,
+        upper.errorbar(confidence[place == index].mean().item(), share, [[max(0.0, share - low)], [max(0.0, high - share)]],
+                       fmt="o", color=BLUE, capsize=3,
                        label="photos of about this confidence (95 % interval)" if index == int(place.max()) else None)
     upper.set(title=f"Confidence is off by {100 * error:.1f} points on average", ylabel="part that is right", ylim=(-0.02, 1.02))
     upper.legend(loc="upper left")
@@ -1243,7 +1253,8 @@ def print_banner(config: dict) -> None:
     options, photos = config["options"], config["photos"]
     network, children = ("a small CNN from scratch", 7) if options["from_scratch"] else (f"ResNet50 from {options['weights']}", 10)
     steps = math.ceil(photos["train"] / options["batch_size"])
-    aside = f"Test        {options['test_fraction']:g} of each class, set aside first, as there is no val/ (--test-fraction)\n" if options["test_fraction"] else ""
+    aside = (f"Test        {options['test_fraction']:g} of each class, set aside first, as there is no val/ (--test-fraction)\n"
+             if options["test_fraction"] else "")
     print(f"Photos      {photos['train']:,} training, {photos['val']:,} validation, {photos['test']:,} test; "
           f"{len(config['classes'])} classes ({options['data']})\n{aside}"
           f"Network     {network}, {options['image_size']} x {options['image_size']} pixels\n"
@@ -1423,8 +1434,9 @@ class Training:
         with fitting(args.out / "last.pt"):
             changed = sorted(path for path in {*before, *self.checksums} if before.get(path) != self.checksums.get(path))
         if changed:
+            first = (train_folder(args.data) / changed[0]).relative_to(args.data)
             raise CannotGoOn(f"--resume '{args.out}': {len(changed)} of the photos are not those that the run began with (changed, new, "
-                             f"or damaged then or now), the first '{(train_folder(args.data) / changed[0]).relative_to(args.data)}': put them back, or start another run")
+                             f"or damaged then or now), the first '{first}': put them back, or start another run")
         with fitting(args.out / "last.pt"):
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             for parameter, state in self.optimizer.state.items():  # Adam needs them in the parameters' layout
@@ -1513,7 +1525,8 @@ class Training:
         for place, (step, share, losses) in enumerate(zip(steps, shares, seen), self.step - len(seen) + 1):
             if not losses.isfinite().all():
                 files = [self.photos.files[index] for index in which[step[RANK::PROCESSES]].tolist()]
-                write_csv(self.args.out / "not_finite.csv", [{"path": str(file), "loss": loss} for file, loss in zip(files, losses.tolist())])
+                write_csv(self.args.out / "not_finite.csv",
+                          [{"path": str(file), "loss": loss} for file, loss in zip(files, losses.tolist())])
                 bad = [file for file, finite in zip(files, losses.isfinite().tolist()) if not finite]
                 rates = " and ".join(f"{share * group['initial_lr']:.2g}" for group in self.optimizer.param_groups)
                 self.diverged(f"the loss of epoch {epoch} is not a finite number in step {place}, at learning "
@@ -1561,7 +1574,8 @@ def fitting(file: Path):
     try:
         yield
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"'{file}' is of another run or damaged ({first_line(error)}): put the right one back, or start another run") from None
+        raise InputError(f"'{file}' is of another run or damaged ({first_line(error)}): put the right one back, or start another "
+                         "run") from None
 
 
 def load_run(folder: Path, classes: list[str]) -> tuple[dict, dict | None]:
@@ -1582,7 +1596,8 @@ def own_checkpoint(file: Path, config: dict) -> dict:
     """A checkpoint of the run that has this config.json, and of no other."""
     checkpoint = load_checkpoint(file)
     with fitting(file):
-        other = [name for name in config["options"] if name not in (*CHANGEABLE, "out") and (checkpoint["options"].get(name) or None) != (config["options"][name] or None)]
+        had, has = checkpoint["options"], config["options"]
+        other = [name for name in has if name not in (*CHANGEABLE, "out") and (had.get(name) or None) != (has[name] or None)]
         if other or checkpoint["classes"] != config["classes"]:
             raise InputError(f"'{file}' and config.json are of different runs: they differ in {', '.join(other) or 'the classes'}")
     return checkpoint
@@ -1641,9 +1656,11 @@ def test(model: FineTuned, checkpoint: dict | None, parts: dict[str, list[tuple[
     if RANK > 0:
         return
 
-    learnt = [file for file, crc in zip(photos.files, photos.checksums()) if checkpoint["checksums"].get(file.relative_to(folder).as_posix()) == crc]
+    learnt = [file for file, crc in zip(photos.files, photos.checksums())
+              if checkpoint["checksums"].get(file.relative_to(folder).as_posix()) == crc]
     if learnt:
-        print(f"Note        {len(learnt):,} of the photos are such as the network learnt from or was chosen by, the first '{learnt[0]}'", flush=True)
+        print(f"Note        {len(learnt):,} of the photos are such as the network learnt from or was chosen by, the first '{learnt[0]}'",
+              flush=True)
     classes, labels = checkpoint["classes"], photos.labels.cpu()
     report = {"epoch": checkpoint["epoch"], **test_report(logits, labels, classes, checkpoint["temperature"])}
     if "train" in parts:
@@ -1699,12 +1716,14 @@ def evaluate(args: argparse.Namespace) -> None:
     file, typed = args.evaluate, args.data
     checkpoint, model = trained(file, args)
     if not (typed or os.path.isdir(args.data)):
-        raise InputError(f"--evaluate '{file}': its photos were in '{args.data}', which is not there, seen from {Path.cwd()}: name a folder with --data")
+        raise InputError(f"--evaluate '{file}': its photos were in '{args.data}', which is not there, seen from {Path.cwd()}: name a "
+                         "folder with --data")
     args.data = find_data(args.data)
     folder = test_folder(args.data) or train_folder(args.data)
     photos, classes = list_photos(folder, least=1), checkpoint["classes"]
     if not photos.keys() <= set(classes):
-        raise InputError(f"'{folder}' has classes that '{file}' has not learnt: {differences(classes, photos, 'the checkpoint', 'the folder')}")
+        raise InputError(f"'{folder}' has classes that '{file}' has not learnt: "
+                         f"{differences(classes, photos, 'the checkpoint', 'the folder')}")
     paths = [path for name in photos for path in photos[name]]
     with fitting(file):
         aside = [] if test_folder(args.data) or not set(checkpoint.get("test", [])) <= set(paths) else checkpoint.get("test", [])
@@ -1750,7 +1769,8 @@ def classify(args: argparse.Namespace) -> None:
         def begin(group: list[Path]) -> tuple[list[Path], list]:
             return group, [pool.submit(read, photo) for photo in group]
 
-        print(cells(["path", *(name for place in ("", "_2", "_3")[:shown] for name in ("class" + place, "confidence" + place))]), flush=True)
+        columns = [name for place in ("", "_2", "_3")[:shown] for name in ("class" + place, "confidence" + place)]
+        print(cells(["path", *columns]), flush=True)
         coming, total, unread = begin(next(groups, [])), 0, 0
         while coming[0]:
             (group, reading), coming = coming, begin(next(groups, []))

@@ -279,6 +279,15 @@ def print_table(head: str, rows: list[list]) -> None:
         print(f"| {' | '.join(map(str, row))} |")
 
 
+def print_chart(title: str, x_title: str, places: list, lines: dict[str, list[float]]) -> None:
+    """A line chart in mermaid's language, which GitHub draws; it has no legend, so that the title names the lines from the top."""
+    print(f'\n```mermaid\nxychart-beta\n    title "{title}: {", ".join(lines)} (from the top)"\n'
+          f'    x-axis "{x_title}" [{", ".join(map(str, places))}]\n    y-axis "accuracy" 0 --> 1')
+    for values in lines.values():
+        print(f"    line [{', '.join(f'{value:.4f}' for value in values)}]")
+    print("```\n")
+
+
 def recipes(args: argparse.Namespace, runs_of) -> None:
     rows = []
     for fraction in args.fraction:
@@ -304,11 +313,16 @@ def scratch(args: argparse.Namespace, runs_of) -> None:
                 cells.append(f"{statistics.mean(found):.4f}" if found else "")
             if any(cells):
                 rows.append([epoch, *cells])
-        rows += [["**test** of the best epoch", *(f"{mean(runs, 'test'):.4f}" for runs in (tuned, small))],
+        rows += [["training photos, last epoch", *(f"{statistics.mean(run['history'][-1]['train_acc'] for run in runs):.4f}" for runs in (tuned, small))],
+                 ["**test** of the best epoch", *(f"{mean(runs, 'test'):.4f}" for runs in (tuned, small))],
                  ["seconds an epoch", *(f"{statistics.median(run['epoch'] for run in runs):.1f}" for runs in (tuned, small))],
                  ["seconds, whole job", *(f"{statistics.median(run['seconds'] for run in runs):.0f}" for runs in (tuned, small))],
                  ["parameters that learn", *(f"{runs[0]['parameters']:,}" for runs in (tuned, small))]]
         print_table(f"epoch ({tuned[0]['photos']:,} training photos) | fine-tuned | from scratch", rows)
+        epochs = range(1, len(small[0]["history"]) + 1)
+        print_chart("Best validation accuracy so far", "epoch", list(epochs), {
+            name: [statistics.mean(max(row["val_acc"] for row in run["history"] if row["epoch"] <= epoch) for run in runs) for epoch in epochs]
+            for name, runs in (("fine-tuned", tuned), ("from scratch", small))})
 
 
 def freezing(args: argparse.Namespace, runs_of) -> None:
@@ -325,10 +339,13 @@ def freezing(args: argparse.Namespace, runs_of) -> None:
 
 
 def data(args: argparse.Namespace, runs_of) -> None:
-    print_table("training photos | fine-tuned | linear probe | from scratch",
-                [[f"{runs_of('tuned', fraction)[0]['photos']:,}", *(f"{mean(runs_of(name, fraction), 'test'):.4f}"
-                                                                  for name in ("tuned", "linear probe", "from scratch"))]
-                 for fraction in args.fraction])
+    found = {name: [runs_of(variant, fraction) for fraction in args.fraction]
+             for name, variant in (("fine-tuned", "tuned"), ("linear probe", "linear probe"), ("from scratch", "from scratch"))}
+    photos = [runs[0]["photos"] for runs in found["fine-tuned"]]
+    accuracies = {name: [mean(runs, "test") for runs in of_fractions] for name, of_fractions in found.items()}
+    print_table(f"training photos | {' | '.join(found)}",
+                [[f"{count:,}", *(f"{accuracies[name][place]:.4f}" for name in found)] for place, count in enumerate(photos)])
+    print_chart("Test accuracy", "training photos", photos, accuracies)
 
 
 def changes(args: argparse.Namespace, runs_of, names: list[str]) -> None:

@@ -105,11 +105,13 @@ def test_runs_of_a_benchmark_are_made_in_processes_of_their_own():
 def test_tables_of_other_networks_and_depths(accuracy_table):
     table, _ = accuracy_table("scratch", "--fraction", "1", "--seeds", "0")
     assert re.search(r"^\| 0 \| [01]\.\d+ \|  \|$", table, re.MULTILINE) and re.search(r"^\| 1 \| [01]\.\d+ \| [01]\.\d+ \|$", table, re.MULTILINE)
+    assert re.search(r'^```mermaid\nxychart-beta\n    title "[^"]*fine-tuned, from scratch \(from the top\)"\n.*\[1\]\n.*\n(    line \[[01]\.\d{4}\]\n){2}```$', table, re.MULTILINE)
     table, made = accuracy_table("freezing", "--fraction", "1", "--seeds", "0")
     assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| 9", "| 8", "| 7", "| 6", "| 4", "| 0"]
     assert made == ["freeze 9", "freeze 8", "freeze 7", "freeze 4", "freeze 0"], "six is the tuned run that is there already"
     table, made = accuracy_table("data", "--fraction", "0.5", "1", "--seeds", "0")
-    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| 12", "| 24"] and made.count("linear probe") == 2
+    assert re.findall(r"^\| \d+", table, re.MULTILINE) == ["| 12", "| 24"] and made.count("linear probe") == 2
+    assert re.search(r'x-axis "training photos" \[12, 24\]\n.*\n(    line \[[01]\.\d{4}, [01]\.\d{4}\]\n){3}```$', table, re.MULTILINE)
 
 
 def test_table_of_freezing_depths_can_be_printed_again(monkeypatch, capsys):
