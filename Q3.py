@@ -46,9 +46,7 @@ from dataset_split import (InputError, Parser, add_split_options, atomic_write, 
                            write_json, write_manifest)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Options
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Options ----------------------------------------------------------------------------------------------------------
 
 def get_args_parser() -> Parser:
     parser = Parser(prog="Q3.py", allow_abbrev=False, description=__doc__,
@@ -82,7 +80,7 @@ def get_args_parser() -> Parser:
     group = parser.add_argument_group("network")
     group.add_argument("--weights", default="IMAGENET1K_V2", metavar="SPEC",
                        help="where training starts: a torchvision name (IMAGENET1K_V1, IMAGENET1K_V2), the path of a "
-                            "ResNet50 state dict, or none for random weights (default: IMAGENET1K_V2)")
+                            "ResNet50 state dict, or none for random weights, with --freeze 0 (default: IMAGENET1K_V2)")
     group.add_argument("--freeze", type=number(int, 0, 9), default=6, metavar="N",
                        help="the first N of conv1, bn1, relu, maxpool, layer1, layer2, layer3, layer4, avgpool stay as "
                             "they are; 9: only fc learns (default: 6)")
@@ -156,7 +154,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if "from_scratch" in typed and typed.keys() & {"weights", "freeze"}:
         parser.error("--from-scratch trains another network from random weights, all of it: leave --weights and --freeze out")
     if "resume" in typed:
-        own = run_options(typed["resume"])
+        own = typed_again(read_config(typed["resume"])["options"], typed["resume"] / "config.json")
         for name in typed.keys() - CHANGEABLE - {"resume"}:
             if typed[name] != own[name]:
                 parser.error(f"--{name.replace('_', '-')} {typed[name]}: the run in '{typed['resume']}' has {own[name]}, and can only "
@@ -187,21 +185,8 @@ USES = {  # of a trained network, and what they can change
     "predict": {"workers", "batch_size", "device", "amp"}}
 
 
-def run_options(folder: Path) -> dict:
-    """The options that a run was begun with, read from its config.json.
-
-    Raises:
-        InputError: there is no run in this folder, or its file is damaged.
-    """
-    options = read_config(folder)["options"]
-    try:
-        return typed_again(options)
-    except InputError as error:
-        raise InputError(f"--resume '{folder}': its config.json is damaged or of another version ({first_line(error)})") from None
-
-
-def typed_again(options: dict) -> dict:
-    """A run's options, from what it wrote down of them, as if they had been typed.
+def typed_again(options: dict, file: Path) -> dict:
+    """A run's options, from what it wrote down of them in this file, as if they had been typed.
 
     Raises:
         InputError: there is one that this program doesn't know, or takes another value.
@@ -210,10 +195,13 @@ def typed_again(options: dict) -> dict:
     known = vars(parser.parse_args([]))
     for name, value in options.items():
         if name not in known:
-            raise InputError(f"no option {name!r}")
+            raise InputError(f"'{file}' is damaged or of another version: it has an option {name!r}")
         if value is not None and value is not False:
             words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
-    return vars(parser.parse_args(words))
+    try:
+        return vars(parser.parse_args(words))
+    except InputError as error:
+        raise InputError(f"'{file}' is damaged or of another version ({first_line(error)})") from None
 
 
 def read_config(folder: Path) -> dict:
@@ -249,14 +237,9 @@ def holds_batchnorm(args: argparse.Namespace) -> bool:
 
 
 def preprocessing(args: argparse.Namespace) -> dict:
-    """What is done to a photo before the network sees it."""
-    return {"image_size": args.image_size, "border": border_left_out(args), "interpolation": "bilinear",
+    """What is done to a photo before the network sees it; the reference recipe squashes, which `read_photo` calls a border of None."""
+    return {"image_size": args.image_size, "border": BORDER if args.recipe == "tuned" else None, "interpolation": "bilinear",
             "mean": list(MEAN), "std": list(STD)}
-
-
-def border_left_out(args: argparse.Namespace) -> float | None:
-    """What `read_photo` takes as `border`: the reference recipe squashes."""
-    return BORDER if args.recipe == "tuned" else None
 
 
 RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
@@ -286,12 +269,10 @@ PENALTY = 0.03  # on the squares of the weights of the logistic regression that 
 WARM_UP = 0.1  # part of the steps in which the tuned recipe's learning rates rise
 CROP = 5 / 7  # of a photo's side that a step of training sees: 160 of 224 pixels, 20 of 28 places of a trunk map
 CHECKPOINT_FORMAT = 4
-STORE_FORMAT = 1  # to be raised when read_photo or FineTuned.maps give something else
+STORE_FORMAT = 2  # to be raised when read_photo or FineTuned.maps give something else
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The machine, and the processes that torchrun started
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The machine, and the processes that torchrun started -------------------------------------------------------------
 
 LOCAL_RANK, PROCESSES, LOCAL_PROCESSES = (
     int(os.environ.get(name, alone))  # this process among those of this machine; how many there are in all and on it
@@ -448,14 +429,7 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Photos: files -> uint8 pixels, once
-# ---------------------------------------------------------------------------------------------------------------------
-
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-           8: Image.Transpose.ROTATE_90}  # what undoes each value of EXIF's orientation tag, 0x0112
-
+# -- Photos: files -> uint8 pixels, once ------------------------------------------------------------------------------
 
 def read_photo(file: Path, size: int, border: float | None) -> np.ndarray:
     """A photo as the network sees it: upright, RGB, and a square: its middle, or all of it squashed.
@@ -474,11 +448,11 @@ def read_photo(file: Path, size: int, border: float | None) -> np.ndarray:
         raise InputError(f"'{file}' is {what}")
     try:
         with Image.open(file) as image:
-            turn = UPRIGHT.get(orientation(image))
+            image.load()
+            turn_upright(image)
             if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
                 image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
             image = image.convert("RGB")
-            image = image if turn is None else image.transpose(turn)
             if border is None:
                 return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
             return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, border))
@@ -488,6 +462,14 @@ def read_photo(file: Path, size: int, border: float | None) -> np.ndarray:
         raise
     except Exception as error:  # for a damaged file Pillow raises nearly anything: OSError, SyntaxError, struct.error
         raise InputError(f"photo '{file}' can't be read ({first_line(error)})") from None
+
+
+def photo_or_problem(file: Path, size: int, border: float | None) -> np.ndarray | str:
+    """What `read_photo` gives, or in words why the photo can't be read."""
+    try:
+        return read_photo(file, size, border)
+    except InputError as error:
+        return str(error)
 
 
 def cores() -> int:
@@ -501,11 +483,14 @@ def strict_about_photos() -> None:
     warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
-def orientation(image: Image.Image) -> int:
+def turn_upright(image: Image.Image) -> None:
+    """Obey EXIF's orientation tag, as far as the EXIF data can be read."""
     try:
-        return image.getexif().get(0x0112, 1)
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
     except Exception:  # a photo with damaged EXIF data is still a photo
-        return 1
+        pass
 
 
 class Store:
@@ -614,23 +599,18 @@ def decode(files: list[Path], rows: torch.Tensor, pixels: Store, workers: int, b
     few = max(workers, min(32 * workers, 2**27 // pixels.row_bytes))
     damaged = {}
 
-    def read(row: int) -> np.ndarray | None:
-        try:
-            return read_photo(files[row], pixels.shape[0], border)
-        except InputError as error:
-            damaged[row] = str(error)
-
     with ThreadPoolExecutor(workers) as pool:
         for some in in_steps("Decoding", rows[pixels.missing(rows)], few):
-            photos = {row: photo for row, photo in zip(some.tolist(), pool.map(read, some.tolist())) if photo is not None}
+            found = pool.map(lambda row: photo_or_problem(files[row], pixels.shape[0], border), some.tolist())
+            photos = dict(zip(some.tolist(), found))
+            damaged |= {row: photo for row, photo in photos.items() if isinstance(photo, str)}
+            photos = {row: photo for row, photo in photos.items() if row not in damaged}
             if photos:
                 pixels.write(torch.tensor(list(photos)), torch.from_numpy(np.stack(list(photos.values()))))
     return damaged
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The network: ImageNet's ResNet50, its last layer replaced, its first children frozen
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The network: ImageNet's ResNet50, its last layer replaced, its first children frozen -----------------------------
 
 def initial_state(spec: str) -> dict[str, torch.Tensor] | None:
     """The state dict that training starts from; None for random weights.
@@ -670,7 +650,7 @@ def load_tensors(file: Path, name: str, expected: str, advice: str):
             stream.seek(0)
             return torch.load(stream, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise InputError(f"{name} can't be read: {error.strerror or error}") from None
+        raise InputError(f"{name} can't be read ({error.strerror or error}): {advice}") from None
     except (InputError, MemoryError):
         raise
     except Exception as error:  # what torch says here is how to load a file unsafely
@@ -777,9 +757,7 @@ class FineTuned(nn.Module):
         return self.head(self.features(maps))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches: photos as the trunk's maps of them, cropped in training
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Batches: photos as the trunk's maps of them, cropped in training -------------------------------------------------
 
 class Photos:
     """Photos ready for the network: as pixels or, once these have been kept, as the trunk's maps of them.
@@ -836,17 +814,16 @@ class Photos:
         model, everything = self.model, torch.arange(len(self.rows))
         example = self.look(everything[:1])[0].permute(0, 2, 3, 1)[0]
         gigabytes, short = len(everything) * example.nbytes / 1e9, freeze < 5  # too short to be worth keeping
-        if earlier.startswith("computed in every step"):
-            return earlier
+        again = earlier.startswith("computed in every step")
         if model.device.type == "cuda":
             room = torch.cuda.mem_get_info()[0] / 4e9
-            if not short and (earlier or not any(wished(gigabytes >= room))):
+            if not short and not again and (earlier or not any(wished(gigabytes >= room))):
                 self.kept = torch.cat([self.look(some)[0].permute(0, 2, 3, 1) for some in everything.split(256)])
                 return f"computed once, {gigabytes:.1f} GB of maps on the GPU"
             if len(everything) * self.pixels.row_bytes / 1e9 < room:
                 self.kept = torch.cat([send(self.pixels[rows], model.device) for rows in self.rows.split(256)])
-        if model.device.type == "cuda" or short:
-            return "computed in every step"
+        if again or model.device.type == "cuda" or short:
+            return earlier if again else "computed in every step"
         if gigabytes > limit and not earlier:
             return f"computed in every step (its maps would take {gigabytes:.1f} GB, see --cache-gb)"
 
@@ -915,9 +892,7 @@ def batches(photos: Photos, which: torch.Tensor, batch_size: int, title: str, pl
         yield *photos.look(which[mine], None if places is None else places[mine], mirrored), len(step)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The optimiser: a fast head, a slow backbone
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The optimiser: a fast head, a slow backbone ----------------------------------------------------------------------
 
 def build_optimizer(model: FineTuned, lr_head: float, lr_backbone: float) -> torch.optim.Optimizer:
     """Adam over exactly the parameters that learn, in two groups: the head's and the backbone's."""
@@ -932,9 +907,7 @@ def rise_and_fall(step: int, steps: int) -> float:
     return min(risen, (1 + math.cos(math.pi * max(0, step / steps - WARM_UP) / (1 - WARM_UP))) / 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Epochs
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Epochs -----------------------------------------------------------------------------------------------------------
 
 def loss_and_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
     """Mean cross-entropy, and the part of the photos whose largest logit is their label's."""
@@ -1034,9 +1007,7 @@ def train_epoch(model: nn.Module, loader, optimizer: torch.optim.Optimizer, scal
         after_step(losses.detach())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The test
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The test ---------------------------------------------------------------------------------------------------------
 
 def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
     """The interval that a proportion lies in with 95 % confidence (E. B. Wilson, JASA 1927)."""
@@ -1081,8 +1052,9 @@ def test_report(logits: torch.Tensor, labels: torch.Tensor, classes: list[str], 
 
 def print_report(report: dict, tested: str) -> None:
     unscaled = f"; {100 * report['calibration_error_unscaled']:.1f} without the temperature of {report['temperature']:.2f}"
-    print(f"\nTest of {tested} on {report['photos']:,} photos: accuracy "
-          f"{with_interval(report['accuracy'], report['photos'])}, loss {report['loss']:.4f}\n"
+    low, high = report["accuracy_interval_95"]
+    print(f"\nTest of {tested} on {report['photos']:,} photos: accuracy {report['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), "
+          f"loss {report['loss']:.4f}\n"
           f"Confidence is off by {100 * report['calibration_error']:.1f} points on average (expected calibration error)"
           f"{unscaled if report['temperature'] != 1 else ''}\n")
     width = max(len("Class"), *(len(name) for name in report["classes"]))
@@ -1094,14 +1066,7 @@ def print_report(report: dict, tested: str) -> None:
                   f"{row['f1']:6.4f}")
 
 
-def with_interval(accuracy: float, photos: int) -> str:
-    low, high = wilson_interval(round(accuracy * photos), photos)
-    return f"{accuracy:.4f} (95 % interval {low:.4f} to {high:.4f})"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures, where matplotlib is installed
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Pictures, where matplotlib is installed --------------------------------------------------------------------------
 
 BLUE, ORANGE = "#0072b2", "#d55e00"  # which the colour-blind can tell apart (Okabe and Ito)
 
@@ -1199,9 +1164,7 @@ def draw_reliability(figure, confidence: torch.Tensor, right: torch.Tensor, erro
         axes.grid(alpha=0.3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run's folder
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The run's folder -------------------------------------------------------------------------------------------------
 
 NO_CACHE = ".until-the-run-ends"  # the folder in it that --no-cache takes for a cache
 PICTURES = ("curves.png", "confusion.png", "mistakes.png", "reliability.png")
@@ -1313,9 +1276,7 @@ def load_checkpoint(file: Path) -> dict:
     return checkpoint
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The job
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The job ----------------------------------------------------------------------------------------------------------
 
 def open_photos(model: FineTuned, pairs: list[tuple[Path, int]], facts: list[tuple], folder: Path, cache: Path,
                 args: argparse.Namespace, may_skip: bool = False) -> tuple[Photos, dict[Path, str]]:
@@ -1328,7 +1289,7 @@ def open_photos(model: FineTuned, pairs: list[tuple[Path, int]], facts: list[tup
     Raises:
         InputError: a photo can't be read and is not to be left out, photos change meanwhile, or the disk is full.
     """
-    border = border_left_out(args)
+    border = preprocessing(args)["border"]
     pixels = pixel_store(cache, folder, facts, args.image_size, border)
     row_of = {Path(name): row for row, (name, *_) in enumerate(facts)}
     rows = torch.tensor([row_of[file] for file, _ in pairs])
@@ -1459,7 +1420,7 @@ class Training:
         try:
             found = own_checkpoint(file, self.config)["epoch"]
         except InputError as error:
-            raise CannotGoOn(f"{error}. It held the best epoch so far: put it back, or start another run") from None
+            raise CannotGoOn(f"{error} (it held the best epoch so far)") from None
         if found != self.best["epoch"]:
             raise CannotGoOn(f"'{file}' is not of epoch {self.best['epoch']}, the best so far: put that file back, or start another run")
 
@@ -1488,8 +1449,7 @@ class Training:
                 self.save("last.pt")
             raise
         best = self.best
-        print(f"\nBest epoch on {len(self.in_val):,} validation photos: {best['epoch']}, accuracy "
-              f"{with_interval(best['val_acc'], len(self.in_val))}", flush=True)
+        print(f"\nBest epoch on {len(self.in_val):,} validation photos: {best['epoch']}, accuracy {best['val_acc']:.4f}", flush=True)
 
     def train_epoch(self, learner: nn.Module, epoch: int) -> tuple[float, float]:
         """The rest of an epoch's steps. Sum of the photos' losses, and how many were recognised."""
@@ -1497,7 +1457,7 @@ class Training:
         order, places = draw_epoch(len(self.in_train), args.seed, epoch)
         which, steps = self.in_train[order], steps_of(len(order), args.batch_size)
         loader = batches(self.photos, which, args.batch_size, f"epoch {epoch}/{args.epochs}",
-                         places if tuned and args.freeze < 8 else None, self.step)  # behind layer4 nothing is left to crop
+                         places if tuned and args.freeze < 8 else None, self.step)  # behind layer4 only fc is left to learn
         shares = [rise_and_fall(len(steps) * (epoch - 1) + step, len(steps) * args.epochs) if tuned else 1.0
                   for step in range(self.step, len(steps))]
         first, seen = self.step, []  # the losses of each step's photos
@@ -1507,18 +1467,21 @@ class Training:
             seen.append(losses)
             bad = losses.device.type == "cpu" and not losses.isfinite().all()  # a GPU would have to be waited for, in every step
             stop, save, bad = wished(bool(ASKED), time.perf_counter() - self.saved >= 60 * args.save_minutes, bad)
-            if (stop or save or bad) and not summed(self.totals.clone()).isfinite().all():
-                self.not_finite(epoch, which, steps[first:], shares, seen)
+            if stop or save or bad:
+                checked_totals()
             if stop:
                 raise Stopped
             if save:
                 self.save("last.pt")
 
+        def checked_totals() -> list[float]:
+            totals = summed(self.totals.clone())
+            if not totals.isfinite().all():
+                self.not_finite(epoch, which, steps[first:], shares, seen)
+            return totals.tolist()
+
         train_epoch(learner, loader, self.optimizer, self.scaler, shares, self.totals, after_step)
-        totals = summed(self.totals.clone())
-        if not totals.isfinite().all():
-            self.not_finite(epoch, which, steps[first:], shares, seen)
-        return tuple(totals.tolist())
+        return tuple(checked_totals())
 
     def not_finite(self, epoch: int, which: torch.Tensor, steps, shares: list[float], seen: list[torch.Tensor]) -> None:
         """Raise an error that names step, learning rates and photos; the photos that this process has seen."""
@@ -1578,20 +1541,6 @@ def fitting(file: Path):
                          "run") from None
 
 
-def load_run(folder: Path, classes: list[str]) -> tuple[dict, dict | None]:
-    """The config.json of a run that is resumed, and its last.pt; None if it had learnt nothing yet.
-
-    Raises:
-        InputError: a file is missing, damaged, or of another run.
-    """
-    config, last = read_config(folder), folder / "last.pt"
-    if not last.exists():
-        if (folder / "history.csv").exists():
-            raise InputError(f"--resume '{folder}': '{last}' is missing: put it back, or start another run")
-        return config, None
-    return config, own_checkpoint(last, {**config, "classes": classes})
-
-
 def own_checkpoint(file: Path, config: dict) -> dict:
     """A checkpoint of the run that has this config.json, and of no other."""
     checkpoint = load_checkpoint(file)
@@ -1599,7 +1548,8 @@ def own_checkpoint(file: Path, config: dict) -> dict:
         had, has = checkpoint["options"], config["options"]
         other = [name for name in has if name not in (*CHANGEABLE, "out") and (had.get(name) or None) != (has[name] or None)]
         if other or checkpoint["classes"] != config["classes"]:
-            raise InputError(f"'{file}' and config.json are of different runs: they differ in {', '.join(other) or 'the classes'}")
+            raise InputError(f"'{file}' and config.json are of different runs: they differ in {', '.join(other) or 'the classes'}: "
+                             "put the right one back, or start another run")
     return checkpoint
 
 
@@ -1652,15 +1602,18 @@ def test(model: FineTuned, checkpoint: dict | None, parts: dict[str, list[tuple[
     """
     facts = file_facts(files or [file for file, _ in parts["test"]])
     photos, _ = open_photos(model, parts["test"], facts, folder, cache, args)
+    learnt = [file for file, crc in zip(photos.files, photos.checksums())
+              if checkpoint and checkpoint["checksums"].get(file.relative_to(folder).as_posix()) == crc]
+    if learnt and "train" not in parts and checkpoint.get("test"):
+        raise InputError(f"{len(learnt):,} of the photos in '{folder}' are such as the network learnt from, '{learnt[0]}' for one, and some of "
+                         "those that were set aside for its test are missing: put these back, or name other photos with --data")
+    if learnt:
+        print(f"Note        {len(learnt):,} of the photos are such as the network learnt from or was chosen by, the first '{learnt[0]}'",
+              flush=True)
     logits = predict(model, batches(photos, torch.arange(len(photos.files)), args.batch_size, "test"))
     if RANK > 0:
         return
 
-    learnt = [file for file, crc in zip(photos.files, photos.checksums())
-              if checkpoint["checksums"].get(file.relative_to(folder).as_posix()) == crc]
-    if learnt:
-        print(f"Note        {len(learnt):,} of the photos are such as the network learnt from or was chosen by, the first '{learnt[0]}'",
-              flush=True)
     classes, labels = checkpoint["classes"], photos.labels.cpu()
     report = {"epoch": checkpoint["epoch"], **test_report(logits, labels, classes, checkpoint["temperature"])}
     if "train" in parts:
@@ -1676,9 +1629,7 @@ def test(model: FineTuned, checkpoint: dict | None, parts: dict[str, list[tuple[
     draw_pictures(args.out, report, logits, photos, history)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A trained network, used
-# ---------------------------------------------------------------------------------------------------------------------
+# -- A trained network, used ------------------------------------------------------------------------------------------
 
 def trained(file: Path, args: argparse.Namespace) -> tuple[dict, FineTuned]:
     """A checkpoint and its network. Options that were not typed become those of its training.
@@ -1688,7 +1639,7 @@ def trained(file: Path, args: argparse.Namespace) -> tuple[dict, FineTuned]:
     """
     checkpoint, asked = load_checkpoint(file), dict(vars(args))
     with fitting(file):
-        own, classes = typed_again(checkpoint["options"]) | {"out": None, "no_cache": False}, checkpoint["classes"]
+        own, classes = typed_again(checkpoint["options"], file) | {"out": None, "no_cache": False}, checkpoint["classes"]
         vars(args).update({name: value for name, value in own.items() if getattr(args, name) is None})
         args.workers = args.workers or cores()
         if checkpoint["preprocessing"] != preprocessing(args):
@@ -1753,13 +1704,7 @@ def classify(args: argparse.Namespace) -> None:
     listed = (line.rstrip("\r\n") for line in sys.stdin or ()) if not places or places == [Path("-")] else map(str, places)
     files = (photo for place in listed if place for photo in photos_in(Path(place)))
     groups = iter(lambda: list(islice(files, args.batch_size)), [])
-    shown = min(3, len(checkpoint["classes"]))
-
-    def read(photo: Path) -> np.ndarray | str:
-        try:
-            return read_photo(photo, args.image_size, border_left_out(args))
-        except InputError as error:
-            return str(error)
+    shown, border = min(3, len(checkpoint["classes"])), preprocessing(args)["border"]
 
     def cells(row: list) -> str:
         return "\t".join(re.sub(r"[\t\r\n]", lambda found: repr(found[0])[1:-1], str(cell)) for cell in row)
@@ -1767,7 +1712,7 @@ def classify(args: argparse.Namespace) -> None:
     strict_about_photos()
     with printing_to_the_end(), memory_advice(args), ThreadPoolExecutor(args.workers) as pool:
         def begin(group: list[Path]) -> tuple[list[Path], list]:
-            return group, [pool.submit(read, photo) for photo in group]
+            return group, [pool.submit(photo_or_problem, photo, args.image_size, border) for photo in group]
 
         columns = [name for place in ("", "_2", "_3")[:shown] for name in ("class" + place, "confidence" + place)]
         print(cells(["path", *columns]), flush=True)
@@ -1806,9 +1751,7 @@ def likeliest(model: FineTuned, pixels: np.ndarray, checkpoint: dict, count: int
             for shares, guesses in zip(confidence.tolist(), labels.tolist())]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The whole job
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The whole job ----------------------------------------------------------------------------------------------------
 
 @contextmanager
 def memory_advice(args: argparse.Namespace):
@@ -1824,12 +1767,8 @@ def memory_advice(args: argparse.Namespace):
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.evaluate:
-        evaluate(args)
-    elif args.predict:
-        classify(args)
-    else:
-        fine_tune(args)
+    job = evaluate if args.evaluate else classify if args.predict else fine_tune
+    job(args)
 
 
 def fine_tune(args: argparse.Namespace) -> None:
@@ -1860,7 +1799,9 @@ def fine_tune(args: argparse.Namespace) -> None:
     if PROCESSES > 1:
         join_processes(device)
     torch.manual_seed(args.seed)  # for the first weights of fc
-    earlier, checkpoint = load_run(args.resume, classes) if args.resume else ({}, None)
+    earlier, checkpoint = (read_config(args.resume) if args.resume else {}), None
+    if args.resume and ((last := args.resume / "last.pt").exists() or (args.resume / "history.csv").exists()):
+        checkpoint = own_checkpoint(last, {**earlier, "classes": classes})
     with memory_advice(args), first_on_this_machine():
         network = small_cnn(len(classes)) if args.from_scratch else build_network("none" if checkpoint else args.weights, len(classes))
         network = network.to(device, memory_format=layout(device))
@@ -1894,7 +1835,7 @@ def fine_tune(args: argparse.Namespace) -> None:
         facts, cache = file_facts(files), args.out / NO_CACHE if args.no_cache else args.cache
         photos, damaged = open_photos(model, parts["train"] + parts["val"], facts, train_folder(args.data), cache, args, may_skip=True)
         held_out = dict(parts["val"])
-        in_val = torch.tensor([file in held_out for file in photos.files])
+        in_val = torch.tensor([file in held_out for file in photos.files], dtype=torch.bool)
         in_train, in_val = (~in_val).nonzero().flatten(), in_val.nonzero().flatten()
         leave_out(damaged, photos, in_train, in_val, args, classes)
         config["photos"] |= {"train": len(in_train), "val": len(in_val)}

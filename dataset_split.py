@@ -55,9 +55,7 @@ class InputError(Exception):
     """Input that can't be used. Its text is the one line a person gets: what is wrong, where, and what to do."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which photos there are
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Which photos there are -------------------------------------------------------------------------------------------
 
 def find_data(folder: str | os.PathLike) -> Path:
     """The data folder, whatever capitals it is typed in: the public archive unpacks to inaturalist_12K.
@@ -176,9 +174,7 @@ def _visible(top: Path, onerror=None):
         yield folder, folders, [name for name in names if not name.startswith(".")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which photo is in which part
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Which photo is in which part -------------------------------------------------------------------------------------
 
 def split(photos: dict[str, list[str]], fraction: float, val_fraction: float, seed: int) -> dict:
     """Divide a stratified subset of the photos into training and validation.
@@ -331,9 +327,7 @@ def print_same_photos(parts: dict[str, list[tuple[Path, int]]], data: Path, out:
     return len(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files that are whole at any moment, and the folder of a run
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Files that are whole at any moment, and the folder of a run ------------------------------------------------------
 
 @contextmanager
 def atomic_write(file: Path):
@@ -422,9 +416,7 @@ def quoted(words: str) -> str:
     return shlex.quote(words) if os.name == "posix" else f'"{words}"'
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The manifest on disk
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The manifest on disk ---------------------------------------------------------------------------------------------
 
 def write_manifest(manifest: dict, file: Path) -> None:
     """Write a manifest as JSON. One that is there already is left alone if equal, and never overwritten if not.
@@ -512,9 +504,7 @@ def differences(ours, theirs, our_name: str, their_name: str) -> str:
     return "; ".join(parts) or f"{our_name} has them in another order"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The same split as folders, for other tools
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The same split as folders, for other tools -----------------------------------------------------------------------
 
 def refuse_occupied(target: Path, source: Path) -> None:
     """Raise InputError unless `target` is a place where a new tree can be made without touching anybody's files."""
@@ -561,9 +551,7 @@ def materialize(manifest: dict, source: Path, target: Path, mode: str) -> None:
                          "Another --mode (symlink, hardlink, copy) may do") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A data set to try the program with, drawn
-# ---------------------------------------------------------------------------------------------------------------------
+# -- A data set to try the program with, drawn ------------------------------------------------------------------------
 
 PATTERNS = "Checks", "Crosses", "Discs", "Dots", "Rays", "Rings", "Spirals", "Stripes", "Triangles", "Waves"
 
@@ -618,9 +606,7 @@ def draw_picture(name: str, seed, width: int = 80, height: int = 64):
     return Image.fromarray((np.where(painted[..., None], ink, paper) + grain).clip(0, 255).astype(np.uint8))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The public data set, fetched
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The public data set, fetched -------------------------------------------------------------------------------------
 
 def download(folder: Path, url: str = ARCHIVE) -> None:
     """Fetch the zip archive of a data set and make it `folder`, whole or not at all. A transfer that broke off goes on.
@@ -733,9 +719,7 @@ def need_room(folder: Path, size: int) -> None:
                          "give a --data DIR elsewhere")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The command ------------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that answers a mistake in one line, an InputError, and a typo with what was meant."""

@@ -14,8 +14,9 @@ prints one of these tables:
 
 Each run is one of Q3.py in a process of its own, with the changes listed here. A seed decides the split too, and is the same for all
 rows, so that differences are taken seed by seed. Where rows are compared, the 95 % interval of their mean difference allows for other
-splits (Student's t over the seeds) and, on the test photos, for other photos (the spread of the difference over them). Validation
-figures are of the best epoch, which chooses what is tested; they decide what is part of the recipe, the test only reports.
+draws from the same photos (Student's t over the seeds) and, on the test photos, for other photos (the spread of the difference over
+them). Validation figures are of the best epoch, which chooses what is tested; they decide what is part of the recipe, the test only
+reports.
 
 Runs are kept in --runs (without their checkpoints) and not made again: a benchmark that was stopped goes on, one that is done prints
 its table at once. Remove a run's folder to have it made by a newer version of the program. Two benchmarks must not fill the same
@@ -296,7 +297,8 @@ def recipes(args: argparse.Namespace, runs_of) -> None:
             runs = runs_of(name, fraction)
             rows.append([name, f"{runs[0]['photos']:,}", f"{mean(runs, 'val'):.4f}", f"{mean(runs, 'test'):.4f}",
                          *(["", ""] if runs is tuned else [ahead(tuned, runs), f"{(1 - mean(tuned, 'test')) / (1 - mean(runs, 'test')):.2f}"]),
-                         f"{100 * mean(runs, 'unscaled'):.1f} %", f"{100 * mean(runs, 'calibration'):.1f} %",
+                         f"{100 * mean(runs, 'unscaled'):.1f} %",
+                         f"{100 * mean(runs, 'calibration'):.1f} %" if mean(runs, "calibration") != mean(runs, "unscaled") else "",
                          f"{statistics.median(run['seconds'] for run in runs):.0f}"])
     print_table("recipe | training photos | validation | test | tuned is ahead by | tuned's errors | calibration error | scaled | "
                 "seconds, whole job", rows)

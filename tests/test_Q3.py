@@ -576,16 +576,17 @@ def test_odd_metadata_is_no_reason_to_refuse_a_photo_nor_to_warn(tmp_path, recwa
     assert not [warning for warning in recwarn if warning.category is not ResourceWarning]
 
 
+@pytest.mark.parametrize("kind", ["jpg", "tif"])  # Pillow turns TIFFs itself, when it loads them
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(tmp_path, orientation):
+def test_exif_orientation_is_applied(tmp_path, orientation, kind):
     """The eight ways to hold a camera: each file, seen as its tag says, is dark on the left and light on the right."""
     upright = halves((0, 0, 0), (255, 255, 255))
     stored_from_upright = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's Transpose that undoes each tag
     image = upright if orientation == 1 else upright.transpose(Image.Transpose(stored_from_upright[orientation]))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image.save(tmp_path / "x.jpg", exif=exif)
-    assert np.allclose(colours_of(tmp_path / "x.jpg"), [(0, 0, 0), (255, 255, 255)], atol=8)
+    image.save(tmp_path / f"x.{kind}", exif=exif)
+    assert np.allclose(colours_of(tmp_path / f"x.{kind}"), [(0, 0, 0), (255, 255, 255)], atol=8)
 
 
 def test_a_batch_is_what_torchvisions_transforms_make_of_the_photo(tmp_path):
@@ -1434,10 +1435,10 @@ def changed(file: Path, **values) -> None:
     (lambda data, out: (out / "config.json").unlink(), "no run there to go on with"),
     (lambda data, out: (out / "config.json").write_text("{}"), "is not the JSON"),
     (lambda data, out: (out / "config.json").write_text('{"options": {"epochs": "many"}}'), "--epochs"),
-    (lambda data, out: (out / "config.json").write_text('{"options": {"speed": 9}}'), "no option 'speed'"),
+    (lambda data, out: (out / "config.json").write_text('{"options": {"speed": 9}}'), "it has an option 'speed'"),
     (lambda data, out: (out / "split.json").write_text("{}"), "not a manifest"),
-    (lambda data, out: (out / "last.pt").unlink(), "last.pt' is missing"),
-    (lambda data, out: (out / "best.pt").unlink(), "best.pt' can't be read: No such file or directory. It held the best epoch so far: put it back"),
+    (lambda data, out: (out / "last.pt").unlink(), "last.pt' can't be read (No such file or directory): put a whole copy back"),
+    (lambda data, out: (out / "best.pt").unlink(), "best.pt' can't be read (No such file or directory): put a whole copy back, or start another run (it held the best epoch so far)"),
     (lambda data, out: changed(out / "best.pt", epoch=7), "is not of epoch 1, the best so far"),
     (lambda data, out: other_run(out), "last.pt' and config.json are of different runs: they differ in seed"),
     (lambda data, out: changed(out / "best.pt", classes=["cat", "dog"]), "best.pt' and config.json are of different runs: they differ in the classes"),
@@ -1580,6 +1581,9 @@ def test_class_whose_photos_are_all_damaged(small_network, data, refused):
     for file in (data / "train/Fungi").iterdir():
         file.write_bytes(b"")
     assert "none is left to train 'Fungi' with" in refused("Q3.py", "--data", data, *QUICK, "--skip-damaged")
+    for file in data.glob("train/*/*"):
+        file.write_bytes(b"")
+    assert "none is left to train 'Aves' with" in refused("Q3.py", "--data", data, *QUICK, "--skip-damaged")
 
 
 def test_photos_of_absurd_size_are_refused(tmp_path, monkeypatch):
