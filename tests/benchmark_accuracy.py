@@ -281,8 +281,9 @@ def print_table(head: str, rows: list[list]) -> None:
 
 
 def print_chart(title: str, x_title: str, places: list, lines: dict[str, list[float]]) -> None:
-    """A line chart in mermaid's language, which GitHub draws; it has no legend, so that the title names the lines from the top."""
-    print(f'\n```mermaid\nxychart-beta\n    title "{title}: {", ".join(lines)} (from the top)"\n'
+    """A line chart in mermaid's language, which GitHub draws; it has no legend, so that the title names the lines as they end."""
+    lines = dict(sorted(lines.items(), key=lambda line: -line[1][-1]))
+    print(f'\n```mermaid\nxychart-beta\n    title "{title}: {", ".join(lines)} (from the top, at the right)"\n'
           f'    x-axis "{x_title}" [{", ".join(map(str, places))}]\n    y-axis "accuracy" 0 --> 1')
     for values in lines.values():
         print(f"    line [{', '.join(f'{value:.4f}' for value in values)}]")

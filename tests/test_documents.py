@@ -105,7 +105,10 @@ def test_runs_of_a_benchmark_are_made_in_processes_of_their_own():
 def test_tables_of_other_networks_and_depths(accuracy_table):
     table, _ = accuracy_table("scratch", "--fraction", "1", "--seeds", "0")
     assert re.search(r"^\| 0 \| [01]\.\d+ \|  \|$", table, re.MULTILINE) and re.search(r"^\| 1 \| [01]\.\d+ \| [01]\.\d+ \|$", table, re.MULTILINE)
-    assert re.search(r'^```mermaid\nxychart-beta\n    title "[^"]*fine-tuned, from scratch \(from the top\)"\n.*\[1\]\n.*\n(    line \[[01]\.\d{4}\]\n){2}```$', table, re.MULTILINE)
+    assert re.search(r'^```mermaid\nxychart-beta\n    title "[^"]*: (fine-tuned, from scratch|from scratch, fine-tuned) \(from the top, at the right\)"\n'
+                     r'.*\[1\]\n.*\n(    line \[[01]\.\d{4}\]\n){2}```$', table, re.MULTILINE)
+    upper, lower = map(float, re.findall(r"line \[([\d.]+)\]", table))
+    assert upper >= lower
     table, made = accuracy_table("freezing", "--fraction", "1", "--seeds", "0")
     assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| 9", "| 8", "| 7", "| 6", "| 4", "| 0"]
     assert made == ["freeze 9", "freeze 8", "freeze 7", "freeze 4", "freeze 0"], "six is the tuned run that is there already"
