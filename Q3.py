@@ -42,8 +42,8 @@ from pathlib import Path
 
 from dataset_split import (InputError, Parser, add_split_options, atomic_write, changed_files, claim_folder, differences,
                            download, draw_demo, exit_codes, file_facts, find_data, labelled, list_photos, load_split, number,
-                           photos_in, print_same_photos, quoted, refuse_inside_photos, test_folder, train_folder, write_csv,
-                           write_json, write_manifest)
+                           photos_in, print_same_photos, quoted, refuse_inside_photos, test_folder, train_folder, unread_part,
+                           write_csv, write_json, write_manifest)
 
 
 # -- Options ----------------------------------------------------------------------------------------------------------
@@ -1218,6 +1218,8 @@ def print_banner(config: dict) -> None:
     steps = math.ceil(photos["train"] / options["batch_size"])
     aside = (f"Test        {options['test_fraction']:g} of each class, set aside first, as there is no val/ (--test-fraction)\n"
              if options["test_fraction"] else "")
+    unread = unread_part(Path(options["data"]))
+    aside += f"Note        '{unread}' is not read: test photos belong into val/, validation photos into train/\n" if unread else ""
     print(f"Photos      {photos['train']:,} training, {photos['val']:,} validation, {photos['test']:,} test; "
           f"{len(config['classes'])} classes ({options['data']})\n{aside}"
           f"Network     {network}, {options['image_size']} x {options['image_size']} pixels\n"

@@ -49,6 +49,7 @@ ARCHIVE = "https://storage.googleapis.com/wandb_datasets/nature_12K.zip"
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision
 MANIFEST_FORMAT = 1
 TEST_FRACTION = 0.2  # of the photos, where there is no val/
+PART_NAMES = ("train", "training", "test", "testing", "valid", "validation", "val")  # which folders of other projects have
 
 
 class InputError(Exception):
@@ -80,7 +81,7 @@ def train_folder(data: Path) -> Path:
         return data / "train"
     if os.path.isdir(data / "val"):
         raise InputError(f"no train/ beside val/ in the data folder '{data}': the training photos are expected as {data}/train/<Class>/<photo>.jpg")
-    if parts := [name for name in os.listdir(data) if name.lower() in ("train", "training", "test", "testing", "valid", "validation", "val")]:
+    if parts := [name for name in os.listdir(data) if name.lower() in PART_NAMES]:
         raise InputError(f"'{data / parts[0]}' is called like a part of the data, not like a class: training photos are expected in "
                          f"{data}/train/<Class>/ and test photos, if any, in {data}/val/<Class>/")
     return data
@@ -89,6 +90,12 @@ def train_folder(data: Path) -> Path:
 def test_folder(data: Path) -> Path | None:
     """Where the class folders of the test photos are: in val/, if there is one."""
     return data / "val" if os.path.isdir(data / "val") else None
+
+
+def unread_part(data: Path) -> Path | None:
+    """A folder beside train/ that is called like a part of the data, and of which nothing is read."""
+    beside = sorted(os.listdir(data)) if train_folder(data) != data else []
+    return next((data / name for name in beside if name.lower() in PART_NAMES and name.lower() not in ("train", "val")), None)
 
 
 def _in_any_capitals(folder: Path) -> Path:

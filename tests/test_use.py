@@ -204,6 +204,15 @@ def test_class_folders_alone_are_enough(small_network, tmp_path, capsys):
     assert "12 training, 3 validation, 15 test" in capsys.readouterr().out
 
 
+def test_part_of_the_data_that_is_not_read_is_named(small_network, tmp_path, capsys):
+    for part in ("train", "val", "test"):
+        of_ones_own(tmp_path / "mine" / part, ["cat", "dog"], 5)
+    assert call("Q3.py", "--data", "mine", *QUICK) == 0
+    assert f"Note        '{Path('mine/test')}' is not read: test photos belong into val/" in capsys.readouterr().out
+    (tmp_path / "mine/test").rename(tmp_path / "mine/notes")
+    assert dataset_split.unread_part(tmp_path / "mine") is None
+
+
 def test_evaluate_on_other_photos_of_the_same_names_tests_them_all(small_network, tmp_path, capsys, refused):
     """Only where all test photos that were set aside are there is it these photos that are meant."""
     assert call("Q3.py", "--data", of_ones_own(tmp_path / "mine", ["cat", "dog"], 10), *QUICK, "--out", "first") == 0
