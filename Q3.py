@@ -848,7 +848,7 @@ def cut(photos: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """A square of each photo or trunk map, CROP times as high and wide but not of a single place, whose gradients oneDNN gets wrong
     in bfloat16 (a 3 x 3 convolution of stride 2): (views, side, side, channels) -> the same.
 
-    The trunk has stride 8, so that a crop of its map is, but for the borders, the map of a crop of the photo.
+    The trunk has stride 8, so that a crop of its map is close to the map of a crop of the photo; near its edges it has seen a little more.
 
     Args:
         places: float32 (views, 2), from 0 (at the top, on the left) to 1.
