@@ -142,7 +142,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
             file = typed[use][0] if use == "predict" else typed[use]
             if not os.path.isfile(file):
                 parser.error(f"--{use} '{file}': no such file; a run keeps its best checkpoint in best.pt")
-            if "WORLD_SIZE" in os.environ:
+            if PROCESSES > 1:
                 parser.error(f"--{use} is for a single process")
             return args  # what was not typed is in the checkpoint
     if "split" in typed and typed.keys() & {"fraction", "val_fraction", "test_fraction"}:
@@ -164,7 +164,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--resume '{typed['resume']}': its photos are in '{typed['data']}', which is not there, seen from {Path.cwd()}: "
                          "go to the folder where the run was begun, or say with --data where they are now")
     args = argparse.Namespace(**(defaults | typed))
-    if (args.download or args.demo) and "WORLD_SIZE" in os.environ:
+    if (args.download or args.demo) and PROCESSES > 1:
         parser.error("--demo is for a single process" if args.demo else "--download: fetch the photos with a single process first")
     if args.from_scratch:
         args.weights, args.freeze = "none", 0
@@ -242,7 +242,9 @@ def preprocessing(args: argparse.Namespace) -> dict:
             "mean": list(MEAN), "std": list(STD)}
 
 
-RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
+RANK, LOCAL_RANK, PROCESSES, LOCAL_PROCESSES = (
+    int(os.environ.get(name, alone))  # this process among those that torchrun started, in all and on this machine; how many they are
+    for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
 
 if __name__ == "__main__":  # mistakes and --help are answered here, before the seconds that torch takes to load
     with exit_codes(unsaid=(InputError, KeyboardInterrupt) if RANK else ()):
@@ -263,6 +265,7 @@ from torchvision.models import ResNet50_Weights, resnet50
 from tqdm import tqdm
 
 torch.backends.cudnn.deterministic = True  # the same seed, the same run
+torch.backends.cudnn.allow_tf32 = False  # float32 is float32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue, in [0, 1]
 BORDER = 1 / 16  # of a photo's short side, at either end: its middle 224 of 256 pixels, as IMAGENET1K_V1 was tested
 PENALTY = 0.03  # on the squares of the weights of the logistic regression that the head starts from
@@ -274,9 +277,6 @@ STORE_FORMAT = 2  # to be raised when read_photo or FineTuned.maps give somethin
 
 # -- The machine, and the processes that torchrun started -------------------------------------------------------------
 
-LOCAL_RANK, PROCESSES, LOCAL_PROCESSES = (
-    int(os.environ.get(name, alone))  # this process among those of this machine; how many there are in all and on it
-    for name, alone in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
 QUIET = True if RANK else None  # for tqdm: one process draws progress bars, and only in a terminal
 
 
@@ -551,7 +551,7 @@ def disk_errors(folder: Path):
     try:
         yield
     except OSError as error:
-        room = "make room there, do without maps with --cache-gb 0, or " if error.errno == errno.ENOSPC else ""
+        room = "make room there, or " if error.errno == errno.ENOSPC else ""
         raise InputError(f"decoded photos and their maps can't be kept in '{folder}' ({error.strerror}): {room}choose another "
                          "folder with --cache DIR") from None
 
@@ -602,9 +602,9 @@ def decode(files: list[Path], rows: torch.Tensor, pixels: Store, workers: int, b
     with ThreadPoolExecutor(workers) as pool:
         for some in in_steps("Decoding", rows[pixels.missing(rows)], few):
             found = pool.map(lambda row: photo_or_problem(files[row], pixels.shape[0], border), some.tolist())
-            photos = dict(zip(some.tolist(), found))
-            damaged |= {row: photo for row, photo in photos.items() if isinstance(photo, str)}
-            photos = {row: photo for row, photo in photos.items() if row not in damaged}
+            photos = {}
+            for row, photo in zip(some.tolist(), found):
+                (damaged if isinstance(photo, str) else photos)[row] = photo
             if photos:
                 pixels.write(torch.tensor(list(photos)), torch.from_numpy(np.stack(list(photos.values()))))
     return damaged
@@ -817,12 +817,12 @@ class Photos:
         again = earlier.startswith("computed in every step")
         if model.device.type == "cuda":
             room = torch.cuda.mem_get_info()[0] / 4e9
-            if not short and not again and (earlier or not any(wished(gigabytes >= room))):
-                self.kept = torch.cat([self.look(some)[0].permute(0, 2, 3, 1) for some in everything.split(256)])
+            if not short and not again and not any(wished(gigabytes >= room)):
+                self.kept = torch.cat([self.look(some)[0].permute(0, 2, 3, 1) for some in everything.split(32)])
                 return f"computed once, {gigabytes:.1f} GB of maps on the GPU"
-            if len(everything) * self.pixels.row_bytes / 1e9 < room:
+            if (short or again or not earlier) and len(everything) * self.pixels.row_bytes / 1e9 < room:
                 self.kept = torch.cat([send(self.pixels[rows], model.device) for rows in self.rows.split(256)])
-        if again or model.device.type == "cuda" or short:
+        if again or short or (model.device.type == "cuda" and not earlier):
             return earlier if again else "computed in every step"
         if gigabytes > limit and not earlier:
             return f"computed in every step (its maps would take {gigabytes:.1f} GB, see --cache-gb)"
@@ -1145,7 +1145,7 @@ def draw_mistakes(figure, photos: Photos, confidence: torch.Tensor, predicted: t
                            + plain(photos.files[index].name if photos.files else ""), fontsize=9)
 
 
-def draw_reliability(figure, confidence: torch.Tensor, right: torch.Tensor, error: float, bins: int = 10) -> None:
+def draw_reliability(figure, confidence: torch.Tensor, right: torch.Tensor, error: float, bins: int = 15) -> None:
     figure.set_size_inches(6, 7)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     place = (confidence * bins).long().clamp(0, bins - 1)
@@ -1181,25 +1181,31 @@ def run_folder(args: argparse.Namespace):
     script = sys.argv[0] if __name__ == "__main__" else "Q3.py"
     command = (f"{f'torchrun --nproc-per-node={LOCAL_PROCESSES}' if PROCESSES > 1 else 'python'} {quoted(script)} --resume "
                f"{quoted(str(args.out))}")
+
+    def clear() -> None:
+        with suppress(OSError):
+            for name in RUN_FILES if RANK == 0 else ():
+                (args.out / name).unlink(missing_ok=True)
+            if default and RANK == 0:
+                args.out.rmdir()
+
     try:
         try:
             yield
         finally:
             if args.no_cache:
                 shutil.rmtree(args.out / NO_CACHE, ignore_errors=True)
-    except KeyboardInterrupt:
-        begun = (args.out / "config.json").exists()
-        raise KeyboardInterrupt(f"go on with: {command}" if begun else "nothing was learnt yet, type the command again") from None
     except (CannotGoOn, BrokenPipeError):
         raise
+    except KeyboardInterrupt:
+        if (args.out / "config.json").exists():
+            raise KeyboardInterrupt(f"go on with: {command}") from None
+        clear()
+        raise KeyboardInterrupt("nothing was kept, type the command again") from None
     except (InputError, OSError) as error:  # OSError: what is printed can't be written
         if resumed or (args.out / "last.pt").exists():
             raise InputError(f"{error}. Then go on with: {command}") from None
-        with suppress(OSError):
-            for name in RUN_FILES if RANK == 0 else ():
-                (args.out / name).unlink(missing_ok=True)
-            if default and RANK == 0:
-                args.out.rmdir()
+        clear()
         raise InputError(str(error)) from None
 
 
@@ -1352,7 +1358,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.precision == torch.float16)
         self.history: list[dict] = []  # a row for each finished epoch
         self.step = 0  # of the epoch after these, how many are done,
-        self.totals = torch.zeros(2, device=model.device)  # the losses of their photos, and how many were recognised,
+        self.totals = torch.zeros(PROCESSES, 2, device=model.device)  # each process's losses, and how many photos were recognised,
         self.earlier = 0.0  # and the seconds they took before the run was interrupted
         self.start = self.saved = time.perf_counter()
         self.temperature = 1.0  # of the last of these epochs
@@ -1406,7 +1412,7 @@ class Training:
                 state.update({name: torch.empty_like(parameter).copy_(value) for name, value in state.items() if value.dim()})
             if checkpoint["scaler"] and self.scaler.is_enabled():
                 self.scaler.load_state_dict(checkpoint["scaler"])
-            self.totals.copy_(checkpoint["totals"] if RANK == 0 else self.totals)
+            self.totals.copy_(own_totals(checkpoint["totals"]))
             self.history, self.step, self.earlier = checkpoint["history"], checkpoint["step"], checkpoint["seconds"]
             self.temperature = checkpoint["temperature"]
             for epoch, row in enumerate(self.history, self.history[0]["epoch"] if self.history else 1):
@@ -1477,12 +1483,12 @@ class Training:
                 self.save("last.pt")
 
         def checked_totals() -> list[float]:
-            totals = summed(self.totals.clone())
+            totals = summed(self.totals.clone()).sum(0)
             if not totals.isfinite().all():
                 self.not_finite(epoch, which, steps[first:], shares, seen)
             return totals.tolist()
 
-        train_epoch(learner, loader, self.optimizer, self.scaler, shares, self.totals, after_step)
+        train_epoch(learner, loader, self.optimizer, self.scaler, shares, self.totals[RANK], after_step)
         return tuple(checked_totals())
 
     def not_finite(self, epoch: int, which: torch.Tensor, steps, shares: list[float], seen: list[torch.Tensor]) -> None:
@@ -1516,6 +1522,7 @@ class Training:
         self.step, self.earlier, self.start = 0, 0.0, time.perf_counter()
         self.totals.zero_()
         self.save_epoch()
+        self.start = time.perf_counter()  # writing is no part of an epoch
         print(row_text(row), flush=True)
         if any(wished(bool(ASKED))):
             raise Stopped
@@ -1523,6 +1530,15 @@ class Training:
     def diverged(self, words: str) -> None:
         kept = f". The run up to epoch {self.history[-1]['epoch']} is in '{self.args.out}'" if self.history else ""
         raise CannotGoOn(f"{words} try --amp off, in another run{kept}")
+
+
+def own_totals(saved: torch.Tensor) -> torch.Tensor:
+    """Of what each process had summed up, this one's row alone: (processes, 2) -> (PROCESSES, 2). If they were more or fewer then, the
+    first one gets it all."""
+    rows, own = saved.view(-1, 2), torch.zeros(PROCESSES, 2)
+    rows = rows if len(rows) == PROCESSES else rows.sum(0, keepdim=True)
+    own[RANK] = rows[RANK] if RANK < len(rows) else 0.0
+    return own
 
 
 HISTORY = ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr_head", "lr_backbone", "seconds", "images_per_second"]
@@ -1538,6 +1554,8 @@ def fitting(file: Path):
     """What is restored from a checkpoint fits, or the file is damaged."""
     try:
         yield
+    except torch.OutOfMemoryError:  # is a RuntimeError
+        raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"'{file}' is of another run or damaged ({first_line(error)}): put the right one back, or start another "
                          "run") from None
@@ -1605,7 +1623,7 @@ def test(model: FineTuned, checkpoint: dict | None, parts: dict[str, list[tuple[
     facts = file_facts(files or [file for file, _ in parts["test"]])
     photos, _ = open_photos(model, parts["test"], facts, folder, cache, args)
     learnt = [file for file, crc in zip(photos.files, photos.checksums())
-              if checkpoint and checkpoint["checksums"].get(file.relative_to(folder).as_posix()) == crc]
+              if checkpoint["checksums"].get(file.relative_to(folder).as_posix()) == crc] if checkpoint else []
     if learnt and "train" not in parts and checkpoint.get("test"):
         raise InputError(f"{len(learnt):,} of the photos in '{folder}' are such as the network learnt from, '{learnt[0]}' for one, and some of "
                          "those that were set aside for its test are missing: put these back, or name other photos with --data")
@@ -1769,8 +1787,7 @@ def memory_advice(args: argparse.Namespace):
 
 
 def main(args: argparse.Namespace) -> None:
-    job = evaluate if args.evaluate else classify if args.predict else fine_tune
-    job(args)
+    (evaluate if args.evaluate else classify if args.predict else fine_tune)(args)
 
 
 def fine_tune(args: argparse.Namespace) -> None:
@@ -1836,7 +1853,7 @@ def fine_tune(args: argparse.Namespace) -> None:
         # Pixels, and the trunk's maps of them.
         facts, cache = file_facts(files), args.out / NO_CACHE if args.no_cache else args.cache
         photos, damaged = open_photos(model, parts["train"] + parts["val"], facts, train_folder(args.data), cache, args, may_skip=True)
-        held_out = dict(parts["val"])
+        held_out = {file for file, _ in parts["val"]}
         in_val = torch.tensor([file in held_out for file in photos.files], dtype=torch.bool)
         in_train, in_val = (~in_val).nonzero().flatten(), in_val.nonzero().flatten()
         leave_out(damaged, photos, in_train, in_val, args, classes)

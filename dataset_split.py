@@ -390,8 +390,9 @@ def claim_folder(out: Path | None, names: tuple[str, ...], resume: bool = False)
         if not resume and any((out / name).exists() for name in names):
             begun = f", or go on with it: python Q3.py --resume {quoted(str(out))}" if (out / "config.json").exists() else ""
             raise InputError(f"--out '{out}' already holds a run: give another folder, or move that one away{begun}")
-        for left in (left for name in names for left in out.glob(f"{name}.[0-9]*.tmp")):
-            left.unlink()
+        for name in names:
+            for left in out.glob(f"{name}.[0-9]*.tmp"):
+                left.unlink()
         tempfile.TemporaryFile(dir=out).close()
         return out
     except OSError as error:
@@ -441,8 +442,7 @@ def write_manifest(manifest: dict, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"'{file}' can't be written: {error.strerror}") from None
-    with atomic_write(file) as stream:
-        stream.write(text.encode())
+    write_json(file, manifest)
 
 
 def read_manifest(file: str | os.PathLike, photos: dict[str, list[str]], test: bool = False) -> dict:

@@ -39,7 +39,7 @@ from unittest.mock import patch
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import benchmark_published_run  # noqa: E402
 import Q3  # noqa: E402
-from dataset_split import exit_codes  # noqa: E402
+from dataset_split import exit_codes, find_data  # noqa: E402
 from Q3 import F, torch  # noqa: E402
 
 STUDENT = {1: 0.0, 2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5 %, by number of seeds
@@ -151,14 +151,16 @@ def predict_twice(model, loader, layers=None, predict=Q3.predict):
 
 
 def probe_recalibrated(model, loaders, labels, probe=Q3.probe):
-    """Before the start of fc, replace the statistics of layer3's and layer4's BatchNorm by those of the training photos."""
+    """Before the start of fc, replace the statistics of layer3's and layer4's BatchNorm by those of the training photos, in batches of all
+    classes."""
     layers = [module for module in model.backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None
     model.backbone.train()
+    photos, which, *rest = loaders[0].args
     with torch.no_grad():
-        for maps, _, _ in loaders[0]:
+        for maps, _, _ in Again(photos, which[Q3.draw_epoch(len(which), 0, 0)[0]], *rest):
             model.features(maps)
     model.eval()
     return probe(model, loaders, labels)
@@ -240,15 +242,16 @@ def run(args: argparse.Namespace, variant: str, fraction: float, seed: int) -> d
                  *(["--cache", args.cache] if args.cache else ["--no-cache"])]
         print(f"{variant}, fraction {fraction:g}, seed {seed}", file=sys.stderr, flush=True)
         apart(job, variant, [*map(str, words), *VARIANTS[variant][0]], out)
+    weights = "none" if variant == "from scratch" else args.weights
     history, predictions = (read_csv(out / name) for name in ("history.csv", "predictions.csv"))
     report, cost, config = (json.loads((out / name).read_text()) for name in ("test.json", "cost.json", "config.json"))
-    for name, expected in (("data", args.data), ("weights", args.weights)):
-        if config["options"][name] not in (str(expected), "none"):
+    for name, expected in (("data", args.data), ("weights", weights)):
+        if config["options"][name] != str(expected):
             sys.exit(f"'{out}' was made with --{name} {config['options'][name]}: give another --runs")
     history = [{key: float(value) for key, value in row.items()} for row in history]
     return {**cost, "history": history, "val": max(row["val_acc"] for row in history), "test": report["accuracy"], "right": [row["label"] == row["predicted"] for row in predictions],
             "calibration": report["calibration_error"], "unscaled": report["calibration_error_unscaled"],
-            "epochs": sum(row["seconds"] for row in history), "epoch": statistics.median(row["seconds"] for row in history[-5:]),
+            "epochs": sum(row["seconds"] for row in history), "epoch": statistics.median([row["seconds"] for row in history if row["epoch"] > 0][-5:]),
             "parameters": config["trainable_parameters"], "photos": config["photos"]["train"]}
 
 
@@ -385,7 +388,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
-    args.seeds = list(dict.fromkeys(args.seeds))
+    args.seeds, args.data = list(dict.fromkeys(args.seeds)), find_data(args.data)
     if args.variants and args.table not in ("recipes", "ingredients", "candidates"):
         sys.exit(f"--variants: the table '{args.table}' has all its rows; it goes with recipes, ingredients and candidates")
     args.fraction = args.fraction or ([0.05, 0.1, 0.25, 0.5, 1.0] if args.table == "data" else [0.25])

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 from benchmark_training import Photos, one_pass  # noqa: E402
-from dataset_split import InputError, exit_codes, find_data, labelled, list_photos, split, write_csv, write_json  # noqa: E402
+from dataset_split import InputError, exit_codes, load_split, write_csv, write_json  # noqa: E402
 from Q3 import build_network, get_args, pick_device, test_report  # noqa: E402
 
 
@@ -29,10 +29,8 @@ def train_and_test(args: argparse.Namespace) -> None:
     """Print the table; leave history.csv, test.json and config.json in the folder --out, if there is one."""
     if args.image_size != 224 or args.batch_size != 64:
         raise InputError("the published run has photos of 224 x 224 and batches of 64: leave --image-size and --batch-size out")
-    data = find_data(args.data)
-    manifest = split(list_photos(data / "train"), args.fraction, args.val_fraction, args.seed)
-    train, val = (labelled(data / "train", manifest[part], manifest["classes"]) for part in ("train", "val"))
-    test = labelled(data / "val", sum(list_photos(data / "val").values(), []), manifest["classes"])
+    manifest, parts, _ = load_split(args, None)
+    train, val, test = parts["train"], parts["val"], parts["test"]
     print(f"{len(train):,} training, {len(val):,} validation, {len(test):,} test photos")
 
     device = pick_device("auto")

@@ -38,7 +38,7 @@ from torchvision import transforms
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import Q3  # noqa: E402
-from dataset_split import add_split_options, find_data, list_photos  # noqa: E402
+from dataset_split import find_data, list_photos  # noqa: E402
 
 
 # -- the plain loop ---------------------------------------------------------------------------------------------------
@@ -216,9 +216,11 @@ def compare(args, folder: Path) -> None:
     row("validation accuracy, best epoch", "val", "{:.4f}", statistics.mean)
     row("test accuracy", "test", "{:.4f}", statistics.mean)
     print(f"\nQ3.py, once: decoding {statistics.median(result['decoding'] for result in ours):.1f} s, "
-          f"trunk maps {statistics.median(result['maps'] for result in ours):.1f} s. Training began "
+          f"trunk maps {statistics.median(result['maps'] for result in ours):.1f} s. Training, or the start of fc, began "
           f"{statistics.median(result['began'] for result in ours):.1f} s after the command was given, in a second run "
           f"{again['began']:.1f} s after")
+    if args.flags:
+        return  # what follows is the step of the default options
     device, precision = Q3.pick_device("auto"), Q3.pick_precision("auto", Q3.pick_device("auto"))
     rate, gflop = training_step(args, device, precision)
     limit = matrix_product_rate(precision, device) / 1e9
@@ -256,13 +258,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further options of Q3.py; must come last")
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
-    add_split_options(parser, fraction=0.25)
+    parser.add_argument("--fraction", type=float, default=0.25, metavar="F", help="part of the training photos (default: 0.25)")
+    parser.add_argument("--val-fraction", type=float, default=0.2, metavar="V", help="part of these for validation (default: 0.2)")
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)  # of the plain loop
     return parser
 
 
 def main() -> None:
     args = get_args_parser().parse_args()
-    args.split = None
+    args.test_fraction = None
     if args.plain:
         return plain_loop(args)
     if args.enlarge:

@@ -1372,6 +1372,16 @@ def test_two_processes_are_interrupted_and_go_on_together(shared_data, weights, 
     assert all(0 <= row["train_acc"] <= 1 for row in later["history"])
 
 
+def test_each_process_goes_on_from_its_own_totals(monkeypatch):
+    """Summed in another order, the loss of an interrupted epoch would differ in its last digit."""
+    saved = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    for processes, rank, own in ((2, 0, [[1, 2], [0, 0]]), (2, 1, [[0, 0], [3, 4]]), (1, 0, [[4, 6]]), (3, 0, [[4, 6], [0, 0], [0, 0]]),
+                                 (3, 2, [[0, 0], [0, 0], [0, 0]])):
+        monkeypatch.setattr(Q3, "PROCESSES", processes)
+        monkeypatch.setattr(Q3, "RANK", rank)
+        assert Q3.own_totals(saved).tolist() == own
+
+
 def test_processes_stop_together_if_one_is_asked(monkeypatch):
     monkeypatch.setattr(Q3, "PROCESSES", 2)
     def the_other_wants_the_second(flags, operation):

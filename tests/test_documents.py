@@ -70,11 +70,13 @@ def accuracy_table(small_network, shared_data, monkeypatch, capsys):
     return printed
 
 
-def test_tables_of_accuracy_go_on_where_they_were_stopped(accuracy_table):
-    tuned_first, made = accuracy_table("recipes", "--fraction", "1", "--seeds", "0", "--variants", "reference", "tuned")
+def test_tables_of_accuracy_go_on_where_they_were_stopped(accuracy_table, shared_data):
+    Path("Photos").symlink_to(shared_data)
+    flags = ("--data", "photos", "--fraction", "1", "--variants", "reference", "tuned", "--seeds", "0")  # found in any capitals
+    tuned_first, made = accuracy_table("recipes", *flags)
     assert made == ["tuned", "reference"] and re.search(r"^\| tuned \| 24 \|", tuned_first, re.MULTILINE)
-    assert accuracy_table("recipes", "--fraction", "1", "--seeds", "0", "--variants", "reference", "tuned") == (tuned_first, [])
-    table, made = accuracy_table("recipes", "--fraction", "1", "--seeds", "0", "1", "--variants", "reference", "tuned")
+    assert accuracy_table("recipes", *flags) == (tuned_first, [])
+    table, made = accuracy_table("recipes", *flags, "1")
     assert made == ["tuned", "reference"] and re.search(r"^\| reference \| .* ± ", table, re.MULTILINE)
 
 

@@ -159,7 +159,7 @@ def test_predict_says_what_it_cannot_use(trained, refused, monkeypatch):
     assert "name photos or folders" in refused("Q3.py", "--predict", trained / "best.pt")
     assert "--predict 'nothing.pt': no such file" in refused("Q3.py", "--predict", "nothing.pt", "a.jpg")
     assert "leave --freeze out" in refused("Q3.py", "--predict", trained / "best.pt", "a.jpg", "--freeze", 3)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(Q3, "PROCESSES", 2)
     assert "--predict is for a single process" in refused("Q3.py", "--predict", trained / "best.pt", "a.jpg")
 
 
