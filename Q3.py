@@ -848,7 +848,7 @@ def cut(photos: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """A square of each photo or trunk map, CROP times as high and wide but not of a single place, whose gradients oneDNN gets wrong
     in bfloat16 (a 3 x 3 convolution of stride 2): (views, side, side, channels) -> the same.
 
-    The trunk has stride 8, so that a crop of its map is close to the map of a crop of the photo; near its edges it has seen a little more.
+    The trunk has stride 8, so that a crop of its map is close to the map of a crop of the photo; near its edges it has seen more.
 
     Args:
         places: float32 (views, 2), from 0 (at the top, on the left) to 1.
@@ -1225,7 +1225,7 @@ def print_banner(config: dict) -> None:
     aside = (f"Test        {options['test_fraction']:g} of each class, set aside first, as there is no val/ (--test-fraction)\n"
              if options["test_fraction"] else "")
     unread = unread_part(Path(options["data"]))
-    aside += f"Note        '{unread}' is not read: test photos belong into val/, validation photos into train/\n" if unread else ""
+    aside += f"Note        '{unread}' is not read: test photos belong in val/, validation photos in train/\n" if unread else ""
     print(f"Photos      {photos['train']:,} training, {photos['val']:,} validation, {photos['test']:,} test; "
           f"{len(config['classes'])} classes ({options['data']})\n{aside}"
           f"Network     {network}, {options['image_size']} x {options['image_size']} pixels\n"

@@ -94,8 +94,9 @@ def test_folder(data: Path) -> Path | None:
 
 def unread_part(data: Path) -> Path | None:
     """A folder beside train/ that is called like a part of the data, and of which nothing is read."""
-    beside = sorted(os.listdir(data)) if train_folder(data) != data else []
-    return next((data / name for name in beside if name.lower() in PART_NAMES and name.lower() not in ("train", "val")), None)
+    read = [folder for folder in (train_folder(data), test_folder(data)) if folder]
+    beside = [data / name for name in sorted(os.listdir(data)) if name.lower() in PART_NAMES] if data not in read else []
+    return next((part for part in beside if part.is_dir() and not any(part.samefile(folder) for folder in read)), None)
 
 
 def _in_any_capitals(folder: Path) -> Path:

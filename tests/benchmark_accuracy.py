@@ -151,8 +151,8 @@ def predict_twice(model, loader, layers=None, predict=Q3.predict):
 
 
 def probe_recalibrated(model, loaders, labels, probe=Q3.probe):
-    """Before the start of fc, replace the statistics of layer3's and layer4's BatchNorm by those of the training photos, in batches of all
-    classes."""
+    """Before the start of fc, replace the statistics of layer3's and layer4's BatchNorm by those of the training photos, in batches
+    that mix the classes."""
     layers = [module for module in model.backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for layer in layers:
         layer.reset_running_stats()
@@ -363,7 +363,7 @@ def changes(args: argparse.Namespace, runs_of, names: list[str]) -> None:
             rows.append([name, f"{mean(runs, 'val'):.4f}", against[0], f"{mean(runs, 'test'):.4f}", against[1], f"{100 * mean(runs, 'calibration'):.1f} %",
                          f"{statistics.median(run['epochs'] for run in runs):.0f}"])
         print_table(f"{tuned[0]['photos']:,} training photos | validation | against tuned | test | against tuned | "
-                    "calibration error | epochs' seconds", rows)
+                    "calibration error, scaled | epochs' seconds", rows)
 
 
 TABLES = {"recipes": recipes, "scratch": scratch, "freezing": freezing, "data": data,
@@ -382,7 +382,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-size", type=int, default=224, metavar="N")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_accuracy"), metavar="DIR")
     parser.add_argument("--cache", type=Path, metavar="DIR",
-                        help="share decoded photos and trunk maps among runs, which saves time; but then times can't be compared")
+                        help="share decoded photos and trunk maps among runs, which saves time; but then the times of whole jobs can't be "
+                             "compared")
     return parser
 
 

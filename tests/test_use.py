@@ -208,9 +208,13 @@ def test_part_of_the_data_that_is_not_read_is_named(small_network, tmp_path, cap
     for part in ("train", "val", "test"):
         of_ones_own(tmp_path / "mine" / part, ["cat", "dog"], 5)
     assert call("Q3.py", "--data", "mine", *QUICK) == 0
-    assert f"Note        '{Path('mine/test')}' is not read: test photos belong into val/" in capsys.readouterr().out
+    assert f"Note        '{Path('mine/test')}' is not read: test photos belong in val/" in capsys.readouterr().out
     (tmp_path / "mine/test").rename(tmp_path / "mine/notes")
+    (tmp_path / "mine/test").touch()
     assert dataset_split.unread_part(tmp_path / "mine") is None
+    (tmp_path / "mine/val").rename(tmp_path / "mine/Val")
+    found = dataset_split.unread_part(tmp_path / "mine")
+    assert found == tmp_path / "mine/Val" if dataset_split.test_folder(tmp_path / "mine") is None else found is None
 
 
 def test_evaluate_on_other_photos_of_the_same_names_tests_them_all(small_network, tmp_path, capsys, refused):
