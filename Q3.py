@@ -271,6 +271,7 @@ BORDER = 1 / 16  # of a photo's short side, at either end: its middle 224 of 256
 PENALTY = 0.03  # on the squares of the weights of the logistic regression that the head starts from
 WARM_UP = 0.1  # part of the steps in which the tuned recipe's learning rates rise
 CROP = 5 / 7  # of a photo's side that a step of training sees: 160 of 224 pixels, 20 of 28 places of a trunk map
+BINS = 15  # of confidence, in the calibration error and its picture
 CHECKPOINT_FORMAT = 4
 STORE_FORMAT = 2  # to be raised when read_photo or FineTuned.maps give something else
 
@@ -815,14 +816,15 @@ class Photos:
         example = self.look(everything[:1])[0].permute(0, 2, 3, 1)[0]
         gigabytes, short = len(everything) * example.nbytes / 1e9, freeze < 5  # too short to be worth keeping
         again = earlier.startswith("computed in every step")
+        stepwise = again or short or (model.device.type == "cuda" and not earlier)  # unless a GPU has room
         if model.device.type == "cuda":
             room = torch.cuda.mem_get_info()[0] / 4e9
-            if not short and not again and not any(wished(gigabytes >= room)):
+            if not (short or again or any(wished(gigabytes >= room))):
                 self.kept = torch.cat([self.look(some)[0].permute(0, 2, 3, 1) for some in everything.split(32)])
                 return f"computed once, {gigabytes:.1f} GB of maps on the GPU"
-            if (short or again or not earlier) and len(everything) * self.pixels.row_bytes / 1e9 < room:
+            if stepwise and len(everything) * self.pixels.row_bytes / 1e9 < room:
                 self.kept = torch.cat([send(self.pixels[rows], model.device) for rows in self.rows.split(256)])
-        if again or short or (model.device.type == "cuda" and not earlier):
+        if stepwise:
             return earlier if again else "computed in every step"
         if gigabytes > limit and not earlier:
             return f"computed in every step (its maps would take {gigabytes:.1f} GB, see --cache-gb)"
@@ -1019,7 +1021,7 @@ def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, f
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
+def calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = BINS) -> float:
     """Expected calibration error: how far confidence is from the part that is right, among photos of about the same confidence; the
     mean over all photos."""
     confidence, predicted = logits.double().softmax(1).max(1)
@@ -1145,7 +1147,7 @@ def draw_mistakes(figure, photos: Photos, confidence: torch.Tensor, predicted: t
                            + plain(photos.files[index].name if photos.files else ""), fontsize=9)
 
 
-def draw_reliability(figure, confidence: torch.Tensor, right: torch.Tensor, error: float, bins: int = 15) -> None:
+def draw_reliability(figure, confidence: torch.Tensor, right: torch.Tensor, error: float, bins: int = BINS) -> None:
     figure.set_size_inches(6, 7)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     place = (confidence * bins).long().clamp(0, bins - 1)
@@ -1537,7 +1539,8 @@ def own_totals(saved: torch.Tensor) -> torch.Tensor:
     first one gets it all."""
     rows, own = saved.view(-1, 2), torch.zeros(PROCESSES, 2)
     rows = rows if len(rows) == PROCESSES else rows.sum(0, keepdim=True)
-    own[RANK] = rows[RANK] if RANK < len(rows) else 0.0
+    if RANK < len(rows):
+        own[RANK] = rows[RANK]
     return own
 
 
