@@ -173,6 +173,8 @@ VARIANTS = {  # name: (flags of Q3.py, what is changed in it)
     "published, float32": ([], {"main": benchmark_published_run.train_and_test}),
     "linear probe": (["--freeze", "9", "--epochs", "1", "--lr-head", "1e-12"], {}),
     "from scratch": (["--from-scratch"], {}),
+    "from scratch, constant learning rate": (["--from-scratch"], {"rise_and_fall": lambda step, steps: 1.0}),
+    "ResNet50 from random weights": (["--weights", "none", "--freeze", "0", "--lr-backbone", "1e-3", "--epochs", "40"], {}),
     **{f"freeze {freeze}": (["--freeze", str(freeze)], {}) for freeze in (9, 8, 7, 4, 0)},
     "whole photos squashed to a square": ([], {"BORDER": None}),
     "fc from noise, at the reference's learning rates": (USUAL_RATES, {"starts_from_probe": lambda args: False, "holds_batchnorm": lambda args: True}),
@@ -235,14 +237,15 @@ def apart(function, *args) -> None:
 def run(args: argparse.Namespace, variant: str, fraction: float, seed: int) -> dict:
     """What a run came to; it is only made if its folder isn't there."""
     out = args.runs / f"{variant.replace('/', '-')}, {fraction:g}, {args.image_size} px, {args.epochs or 'all'} epochs, seed {seed}"
+    flags = VARIANTS[variant][0]
+    weights = "none" if {"--from-scratch", "none"} & set(flags) else args.weights
     if not (out / "cost.json").exists():
         shutil.rmtree(out, ignore_errors=True)
         words = ["--data", args.data, "--fraction", fraction, "--seed", seed, "--image-size", args.image_size, "--out", out,
-                 *([] if variant == "from scratch" else ["--weights", args.weights]), *(["--epochs", args.epochs] if args.epochs else []),
+                 *([] if "--from-scratch" in flags else ["--weights", args.weights]), *(["--epochs", args.epochs] if args.epochs else []),
                  *(["--cache", args.cache] if args.cache else ["--no-cache"])]
         print(f"{variant}, fraction {fraction:g}, seed {seed}", file=sys.stderr, flush=True)
-        apart(job, variant, [*map(str, words), *VARIANTS[variant][0]], out)
-    weights = "none" if variant == "from scratch" else args.weights
+        apart(job, variant, [*map(str, words), *flags], out)
     history, predictions = (read_csv(out / name) for name in ("history.csv", "predictions.csv"))
     report, cost, config = (json.loads((out / name).read_text()) for name in ("test.json", "cost.json", "config.json"))
     for name, expected in (("data", args.data), ("weights", weights)):
@@ -310,25 +313,22 @@ def recipes(args: argparse.Namespace, runs_of) -> None:
 
 def scratch(args: argparse.Namespace, runs_of) -> None:
     for fraction in args.fraction:
-        tuned, small = runs_of("tuned", fraction), runs_of("from scratch", fraction)
-        rows = []
-        for epoch in [*range(0, 6), *range(10, 1000, 10)]:
-            cells = []
-            for runs in (tuned, small):
-                found = [row["val_acc"] for run in runs for row in run["history"] if row["epoch"] == epoch]
-                cells.append(f"{statistics.mean(found):.4f}" if found else "")
-            if any(cells):
-                rows.append([epoch, *cells])
-        rows += [["training photos, last epoch", *(f"{statistics.mean(run['history'][-1]['train_acc'] for run in runs):.4f}" for runs in (tuned, small))],
-                 ["**test** of the best epoch", *(f"{mean(runs, 'test'):.4f}" for runs in (tuned, small))],
-                 ["seconds an epoch", *(f"{statistics.median(run['epoch'] for run in runs):.1f}" for runs in (tuned, small))],
-                 ["seconds, whole job", *(f"{statistics.median(run['seconds'] for run in runs):.0f}" for runs in (tuned, small))],
-                 ["parameters that learn", *(f"{runs[0]['parameters']:,}" for runs in (tuned, small))]]
-        print_table(f"epoch ({tuned[0]['photos']:,} training photos) | fine-tuned | from scratch", rows)
-        epochs = range(1, len(small[0]["history"]) + 1)
+        columns = {"fine-tuned": runs_of("tuned", fraction), **{name: runs_of(name, fraction) for name in args.variants or ["from scratch"]}}
+        epochs, rows = range(1, max(len(run["history"]) for runs in columns.values() for run in runs) + 1), []
+        for epoch in [*range(0, 6), *range(10, len(epochs) + 1, 10)]:
+            found = [[row["val_acc"] for run in runs for row in run["history"] if row["epoch"] == epoch] for runs in columns.values()]
+            rows.append([epoch, *(f"{statistics.mean(values):.4f}" if values else "" for values in found)])
+        for name, cell in (("training photos, last epoch", lambda runs: f"{statistics.mean(run['history'][-1]['train_acc'] for run in runs):.4f}"),
+                           ("**test** of the best epoch", lambda runs: f"{mean(runs, 'test'):.4f}"),
+                           ("seconds an epoch", lambda runs: f"{statistics.median(run['epoch'] for run in runs):.1f}"),
+                           ("seconds, whole job", lambda runs: f"{statistics.median(run['seconds'] for run in runs):.0f}"),
+                           ("parameters that learn", lambda runs: f"{runs[0]['parameters']:,}")):
+            rows.append([name, *map(cell, columns.values())])
+        photos = columns["fine-tuned"][0]["photos"]
+        print_table(f"epoch ({photos:,} training photos) | {' | '.join(columns)}", rows)
         print_chart("Best validation accuracy so far", "epoch", list(epochs), {
             name: [statistics.mean(max(row["val_acc"] for row in run["history"] if row["epoch"] <= epoch) for run in runs) for epoch in epochs]
-            for name, runs in (("fine-tuned", tuned), ("from scratch", small))})
+            for name, runs in columns.items()})
 
 
 def freezing(args: argparse.Namespace, runs_of) -> None:
@@ -377,7 +377,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", default="IMAGENET1K_V2", metavar="SPEC")
     parser.add_argument("--fraction", type=float, nargs="+", metavar="F", help="(default: 0.25; for data 0.05 0.1 0.25 0.5 1.0)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help="only these rows; one of: " + "; ".join(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help="only these rows (of scratch: columns); one of: " + "; ".join(VARIANTS))
     parser.add_argument("--epochs", type=int, metavar="N", help="(default: as in Q3.py)")
     parser.add_argument("--image-size", type=int, default=224, metavar="N")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_accuracy"), metavar="DIR")
@@ -390,8 +390,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     args.seeds, args.data = list(dict.fromkeys(args.seeds)), find_data(args.data)
-    if args.variants and args.table not in ("recipes", "ingredients", "candidates"):
-        sys.exit(f"--variants: the table '{args.table}' has all its rows; it goes with recipes, ingredients and candidates")
+    if args.variants and args.table in ("freezing", "data"):
+        sys.exit(f"--variants: the table '{args.table}' has all its rows; it goes with recipes, scratch, ingredients and candidates")
     args.fraction = args.fraction or ([0.05, 0.1, 0.25, 0.5, 1.0] if args.table == "data" else [0.25])
     known = {}
 
