@@ -314,7 +314,7 @@ def recipes(args: argparse.Namespace, runs_of) -> None:
 def scratch(args: argparse.Namespace, runs_of) -> None:
     for fraction in args.fraction:
         columns = {"fine-tuned": runs_of("tuned", fraction), **{name: runs_of(name, fraction) for name in args.variants or ["from scratch"]}}
-        epochs, rows = range(1, max(len(run["history"]) for runs in columns.values() for run in runs) + 1), []
+        epochs, rows = range(1, int(max(run["history"][-1]["epoch"] for runs in columns.values() for run in runs)) + 1), []
         for epoch in [*range(0, 6), *range(10, len(epochs) + 1, 10)]:
             found = [[row["val_acc"] for run in runs for row in run["history"] if row["epoch"] == epoch] for runs in columns.values()]
             rows.append([epoch, *(f"{statistics.mean(values):.4f}" if values else "" for values in found)])
