@@ -19,7 +19,6 @@ all that comes from there. A run that was interrupted goes on with --resume, and
 """
 
 import argparse
-import errno
 import hashlib
 import json
 import math
@@ -40,13 +39,18 @@ from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
-from dataset_split import (InputError, Parser, add_split_options, atomic_write, changed_files, claim_folder, differences,
+from dataset_split import (InputError, Parser, add_split_options, atomic_write, changed_files, claim_folder, differences, disk_errors,
                            download, draw_demo, exit_codes, file_facts, find_data, labelled, list_photos, load_split, number,
                            photos_in, print_same_photos, quoted, refuse_inside_photos, test_folder, train_folder, unread_part,
                            write_csv, write_json, write_manifest)
 
 
 # -- Options ----------------------------------------------------------------------------------------------------------
+
+def cores() -> int:
+    """How many of the processor's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 def get_args_parser() -> Parser:
     parser = Parser(prog="Q3.py", allow_abbrev=False, description=__doc__,
@@ -68,7 +72,7 @@ def get_args_parser() -> Parser:
     group.add_argument("--skip-damaged", action="store_true",
                        help="leave damaged training and validation photos out, and list them in damaged.csv; without it they are "
                             "an error")
-    group.add_argument("--workers", type=number(int, 1, 1024), metavar="N",
+    group.add_argument("--workers", type=number(int, 1, 1024), default=cores(), metavar="N",
                        help="threads that decode photos (default: one for each core)")
     group.add_argument("--cache", type=Path, default=Path(".cache"), metavar="DIR",
                        help="where decoded photos and the trunk's maps are kept for the next run (default: .cache)")
@@ -126,15 +130,14 @@ def get_args_parser() -> Parser:
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options, checked; those of a run that is resumed are its own.
-
-    Raises:
-        InputError: options that can't be used, or not together.
-    """
+    """The options, checked; those of a run that is resumed are its own. Raises InputError: options that can't be used, or
+    not together."""
     parser = get_args_parser()
     defaults = vars(parser.parse_args([]))
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))
     typed = {name: value for name, value in vars(args).items() if value is not None}
+    if PROCESSES > 1 and (alone := sorted(typed.keys() & {"download", *USES})):
+        parser.error(f"--{alone[0]} is for a single process: leave torchrun out")
     for use, changeable in USES.items():
         if use in typed:
             if others := sorted(typed.keys() - changeable - {use}):
@@ -142,8 +145,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
             file = typed[use][0] if use == "predict" else typed[use]
             if not os.path.isfile(file):
                 parser.error(f"--{use} '{file}': no such file; a run keeps its best checkpoint in best.pt")
-            if PROCESSES > 1:
-                parser.error(f"--{use} is for a single process")
             return args  # what was not typed is in the checkpoint
     if "split" in typed and typed.keys() & {"fraction", "val_fraction", "test_fraction"}:
         parser.error("--split FILE takes the place of --fraction, --val-fraction and --test-fraction: give one or the other")
@@ -164,8 +165,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--resume '{typed['resume']}': its photos are in '{typed['data']}', which is not there, seen from {Path.cwd()}: "
                          "go to the folder where the run was begun, or say with --data where they are now")
     args = argparse.Namespace(**(defaults | typed))
-    if (args.download or args.demo) and PROCESSES > 1:
-        parser.error("--demo is for a single process" if args.demo else "--download: fetch the photos with a single process first")
+    if args.demo and PROCESSES > 1:
+        parser.error("--demo is for a single process: leave torchrun out")
     if args.from_scratch:
         args.weights, args.freeze = "none", 0
     lr_head, lr_backbone = (1e-3, 1e-3) if args.from_scratch else (1e-4, 1e-5) if starts_from_probe(args) else (1e-3, 1e-4)
@@ -186,11 +187,8 @@ USES = {  # of a trained network, and what they can change
 
 
 def typed_again(options: dict, file: Path) -> dict:
-    """A run's options, from what it wrote down of them in this file, as if they had been typed.
-
-    Raises:
-        InputError: there is one that this program doesn't know, or takes another value.
-    """
+    """A run's options, from what it wrote down of them in this file, as if they had been typed. Raises InputError: there is
+    one that this program doesn't know, or takes another value."""
     parser, words = get_args_parser(), []
     known = vars(parser.parse_args([]))
     for name, value in options.items():
@@ -205,11 +203,7 @@ def typed_again(options: dict, file: Path) -> dict:
 
 
 def read_config(folder: Path) -> dict:
-    """A run's config.json.
-
-    Raises:
-        InputError: it isn't there, or is something else.
-    """
+    """A run's config.json. Raises InputError: it isn't there, or is something else."""
     file = folder / "config.json"
     try:
         config = json.loads(file.read_bytes())
@@ -249,7 +243,8 @@ RANK, LOCAL_RANK, PROCESSES, LOCAL_PROCESSES = (
 if __name__ == "__main__":  # mistakes and --help are answered here, before the seconds that torch takes to load
     with exit_codes(unsaid=(InputError, KeyboardInterrupt) if RANK else ()):
         args = get_args()
-        args.download or args.demo or args.evaluate or args.predict or find_data(args.data)
+        if not (args.download or args.demo or args.evaluate or args.predict):
+            find_data(args.data)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # meanwhile Ctrl-C just ends
 
@@ -282,11 +277,7 @@ QUIET = True if RANK else None  # for tqdm: one process draws progress bars, and
 
 
 def join_processes(device: torch.device) -> None:
-    """Let the processes that torchrun started talk to each other.
-
-    Raises:
-        InputError: on Apple's GPUs, which can't.
-    """
+    """Let the processes that torchrun started talk to each other. Raises InputError: on Apple's GPUs, which can't."""
     if device.type == "mps":
         raise InputError("several processes need NVIDIA GPUs, or --device cpu")
     backend, device_id = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
@@ -373,11 +364,7 @@ def wished(*wishes: bool) -> list[int]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called cuda, mps or cpu; for auto the first of these that is there.
-
-    Raises:
-        InputError: it is not there.
-    """
+    """The device called cuda, mps or cpu; for auto the first of these that is there. Raises InputError: it is not there."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind in present if present[kind])
@@ -397,10 +384,7 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
 
     auto is bfloat16 where the hardware multiplies in it, float16 on the NVIDIA GPUs before that (Volta, Turing), and
     float32 elsewhere: a CPU that only emulates bfloat16 is many times slower with it (measured: 10.3 photos/s forward
-    in float32, 1.6 in bfloat16, on an AVX2 machine).
-
-    Raises:
-        InputError: float16 on another device than an NVIDIA GPU.
+    in float32, 1.6 in bfloat16, on an AVX2 machine). Raises InputError: float16 on another device than an NVIDIA GPU.
     """
     if amp == "fp16" and device.type != "cuda":
         raise InputError(f"--amp fp16 is for NVIDIA GPUs: on {device.type} give --amp bf16 or off")
@@ -473,11 +457,6 @@ def photo_or_problem(file: Path, size: int, border: float | None) -> np.ndarray 
         return str(error)
 
 
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def strict_about_photos() -> None:
     """Let Pillow refuse a photo of too many pixels, and keep silent about odd metadata; the pixels are fine."""
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
@@ -508,7 +487,8 @@ class Store:
         self.name, self.rows, self.shape, self.dtype = name, rows, tuple(shape), dtype
         self.row_bytes = math.prod(shape) * dtype.itemsize
         self.file = folder / f"{name}-{fingerprint(facts, dtype, STORE_FORMAT)}"
-        with disk_errors(folder):
+        self.trouble = f"decoded photos and their maps can't be kept in '{folder}' (make room there, or choose another --cache DIR)"
+        with disk_errors(self.trouble):
             folder.mkdir(parents=True, exist_ok=True)
             for old in set(folder.glob(f"{name}-{'[0-9a-f]' * 16}")) - {self.file}:
                 with suppress(OSError):  # Windows deletes no file that another run has open
@@ -524,7 +504,7 @@ class Store:
     def write(self, rows: torch.Tensor, values: torch.Tensor) -> None:
         """Write values (len(rows), *shape) to these rows."""
         assert (*values.shape, values.dtype) == (len(rows), *self.shape, self.dtype)
-        with disk_errors(self.file.parent):
+        with disk_errors(self.trouble):
             for row, value in zip(rows.tolist(), values.contiguous().view(torch.uint8).numpy()):
                 self.stream.seek(row * self.row_bytes)
                 self.stream.write(value)
@@ -545,16 +525,6 @@ class Store:
         """A copy of these rows: (len(rows), *shape)."""
         data = np.memmap(self.stream, np.uint8, "r", shape=(self.rows, self.row_bytes))
         return torch.from_numpy(data[rows.numpy()]).view(self.dtype).view(len(rows), *self.shape)
-
-
-@contextmanager
-def disk_errors(folder: Path):
-    try:
-        yield
-    except OSError as error:
-        room = "make room there, or " if error.errno == errno.ENOSPC else ""
-        raise InputError(f"decoded photos and their maps can't be kept in '{folder}' ({error.strerror}): {room}choose another "
-                         "folder with --cache DIR") from None
 
 
 def fingerprint(*facts) -> str:
@@ -613,17 +583,15 @@ def decode(files: list[Path], rows: torch.Tensor, pixels: Store, workers: int, b
 
 # -- The network: ImageNet's ResNet50, its last layer replaced, its first children frozen -----------------------------
 
-def initial_state(spec: str) -> dict[str, torch.Tensor] | None:
-    """The state dict that training starts from; None for random weights.
+def initial_state(spec: str) -> dict[str, torch.Tensor]:
+    """The state dict that training starts from.
 
     Args:
-        spec: a torchvision name (fetched once, with a hash check), the path of a ResNet50 state dict, or "none".
+        spec: a torchvision name (fetched once, with a hash check), or the path of a ResNet50 state dict.
 
     Raises:
         InputError: no network, no such file, or a file that holds something else.
     """
-    if spec == "none":
-        return None
     if spec in ResNet50_Weights.__members__:
         weights = ResNet50_Weights[spec]
         try:
@@ -639,11 +607,8 @@ def initial_state(spec: str) -> dict[str, torch.Tensor] | None:
 
 
 def load_tensors(file: Path, name: str, expected: str, advice: str):
-    """What torch.save wrote into a file, if that is tensors and plain values. No code in it is run.
-
-    Raises:
-        InputError: the file can't be read, is damaged, holds code, or is something else than the `expected`.
-    """
+    """What torch.save wrote into a file, if that is tensors and plain values. No code in it is run. Raises InputError: the
+    file can't be read, is damaged, holds code, or is something else than the `expected`."""
     try:
         with open(file, "rb") as stream:
             if zipfile.is_zipfile(stream) and (part := zipfile.ZipFile(stream).testzip()):  # torch doesn't check
@@ -663,17 +628,12 @@ def load_tensors(file: Path, name: str, expected: str, advice: str):
 
 
 def build_network(spec: str, classes: int) -> nn.Module:
-    """A torchvision ResNet50 with the weights of `spec` and, whatever its last layer was, a new one for `classes`.
-
-    nn.Linear starts from small random numbers (uniform within 1 / sqrt(2048) = 0.022 on either side of 0).
-
-    Raises:
-        InputError: the weights can't be had, or are another network's.
-    """
-    state = initial_state(spec)
+    """A torchvision ResNet50 with the weights of `spec` and, whatever its last layer was, a new one for `classes`, which
+    starts from small random numbers (uniform within 1 / sqrt(2048) = 0.022 on either side of 0). Raises InputError: the weights
+    can't be had, or are another network's."""
     network = resnet50(weights=None)
-    if state is not None:
-        load_backbone(network, state, spec)
+    if spec != "none":
+        load_backbone(network, initial_state(spec), spec)
     network.fc = nn.Linear(network.fc.in_features, classes)
     return network
 
@@ -689,11 +649,8 @@ def small_cnn(classes: int) -> nn.Module:
 
 
 def load_backbone(network: nn.Module, state, spec: str) -> None:
-    """Give the network all of a state dict but fc, which is replaced.
-
-    Raises:
-        InputError: with what differs, if it is no state dict, or another network's.
-    """
+    """Give the network all of a state dict but fc, which is replaced. Raises InputError: with what differs, if it is no
+    state dict, or another network's."""
     for wrapper in ("model", "state_dict"):  # checkpoints of this script and of many others
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -814,18 +771,16 @@ class Photos:
         """
         model, everything = self.model, torch.arange(len(self.rows))
         example = self.look(everything[:1])[0].permute(0, 2, 3, 1)[0]
-        gigabytes, short = len(everything) * example.nbytes / 1e9, freeze < 5  # too short to be worth keeping
-        again = earlier.startswith("computed in every step")
-        stepwise = again or short or (model.device.type == "cuda" and not earlier)  # unless a GPU has room
-        if model.device.type == "cuda":
-            room = torch.cuda.mem_get_info()[0] / 4e9
-            if not (short or again or any(wished(gigabytes >= room))):
-                self.kept = torch.cat([self.look(some)[0].permute(0, 2, 3, 1) for some in everything.split(32)])
-                return f"computed once, {gigabytes:.1f} GB of maps on the GPU"
-            if stepwise and len(everything) * self.pixels.row_bytes / 1e9 < room:
+        gigabytes, on_gpu = len(everything) * example.nbytes / 1e9, model.device.type == "cuda"
+        room = torch.cuda.mem_get_info()[0] / 4e9 if on_gpu else 0.0
+        stepwise = freeze < 5 or earlier.startswith("computed in every step")  # too short a trunk to be worth it; or as it began
+        if on_gpu and not stepwise and not any(wished(gigabytes >= room)):
+            self.kept = torch.cat([self.look(some)[0].permute(0, 2, 3, 1) for some in everything.split(32)])
+            return f"computed once, {gigabytes:.1f} GB of maps on the GPU"
+        if stepwise or on_gpu and not earlier:
+            if len(everything) * self.pixels.row_bytes / 1e9 < room:
                 self.kept = torch.cat([send(self.pixels[rows], model.device) for rows in self.rows.split(256)])
-        if stepwise:
-            return earlier if again else "computed in every step"
+            return earlier or "computed in every step"
         if gigabytes > limit and not earlier:
             return f"computed in every step (its maps would take {gigabytes:.1f} GB, see --cache-gb)"
 
@@ -1039,12 +994,10 @@ def test_report(logits: torch.Tensor, labels: torch.Tensor, classes: list[str], 
     predicted = logits.argmax(1)
     confusion = torch.bincount(labels * len(classes) + predicted, minlength=len(classes) ** 2).view(len(classes), -1)
     loss, accuracy = loss_and_accuracy(logits, labels)
-    per_class = {}
-    for index, name in enumerate(classes):
-        hits, actual = int(confusion[index, index]), int(confusion[index].sum())
-        claimed = int(confusion[:, index].sum())
-        per_class[name] = {"photos": actual, "precision": hits / max(1, claimed), "recall": hits / max(1, actual),
-                           "recall_interval_95": wilson_interval(hits, actual), "f1": 2 * hits / max(1, actual + claimed)}
+    counts = confusion.diag().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist()
+    per_class = {name: {"photos": actual, "precision": hits / max(1, claimed), "recall": hits / max(1, actual),
+                        "recall_interval_95": wilson_interval(hits, actual), "f1": 2 * hits / max(1, actual + claimed)}
+                 for name, hits, actual, claimed in zip(classes, *counts)}
     return {"photos": len(labels), "loss": loss, "accuracy": accuracy,
             "accuracy_interval_95": wilson_interval(int(confusion.trace()), len(labels)), "temperature": temperature,
             "calibration_error": calibration_error(logits / temperature, labels),
@@ -1183,14 +1136,6 @@ def run_folder(args: argparse.Namespace):
     script = sys.argv[0] if __name__ == "__main__" else "Q3.py"
     command = (f"{f'torchrun --nproc-per-node={LOCAL_PROCESSES}' if PROCESSES > 1 else 'python'} {quoted(script)} --resume "
                f"{quoted(str(args.out))}")
-
-    def clear() -> None:
-        with suppress(OSError):
-            for name in RUN_FILES if RANK == 0 else ():
-                (args.out / name).unlink(missing_ok=True)
-            if default and RANK == 0:
-                args.out.rmdir()
-
     try:
         try:
             yield
@@ -1199,16 +1144,20 @@ def run_folder(args: argparse.Namespace):
                 shutil.rmtree(args.out / NO_CACHE, ignore_errors=True)
     except (CannotGoOn, BrokenPipeError):
         raise
-    except KeyboardInterrupt:
-        if (args.out / "config.json").exists():
-            raise KeyboardInterrupt(f"go on with: {command}") from None
-        clear()
-        raise KeyboardInterrupt("nothing was kept, type the command again") from None
-    except (InputError, OSError) as error:  # OSError: what is printed can't be written
-        if resumed or (args.out / "last.pt").exists():
-            raise InputError(f"{error}. Then go on with: {command}") from None
-        clear()
-        raise InputError(str(error)) from None
+    except (InputError, KeyboardInterrupt, OSError) as error:  # OSError: what is printed can't be written
+        interrupted = isinstance(error, KeyboardInterrupt)
+        if resumed or (args.out / ("config.json" if interrupted else "last.pt")).exists():
+            words = f"go on with: {command}" if interrupted else f"{error}. Then go on with: {command}"
+        else:
+            words = "nothing was kept, type the command again" if interrupted else str(error)
+            for name in RUN_FILES if RANK == 0 else ():
+                with suppress(OSError):
+                    (args.out / name).unlink()
+        raise (KeyboardInterrupt if interrupted else InputError)(words) from None
+    finally:
+        if default and RANK == 0:
+            with suppress(OSError):  # of a folder that is not empty
+                args.out.rmdir()
 
 
 def machine(device: torch.device, precision: torch.dtype) -> dict:
@@ -1265,11 +1214,8 @@ CHECKPOINT = {"format": int, "architecture": str, "model": dict, "classes": list
 
 
 def load_checkpoint(file: Path) -> dict:
-    """A checkpoint that this script wrote, on the CPU.
-
-    Raises:
-        InputError: it can't be read, is damaged, or is something else.
-    """
+    """A checkpoint that this script wrote, on the CPU. Raises InputError: it can't be read, is damaged, or is something
+    else."""
     checkpoint = load_tensors(file, f"'{file}'", "a checkpoint of Q3.py", "put a whole copy back, or start another run")
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         tensors = isinstance(checkpoint, dict) and checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values())
@@ -1321,11 +1267,8 @@ def open_photos(model: FineTuned, pairs: list[tuple[Path, int]], facts: list[tup
 
 def leave_out(damaged: dict[Path, str], photos: Photos, in_train: torch.Tensor, in_val: torch.Tensor, args: argparse.Namespace,
               classes: list[str]) -> None:
-    """List damaged photos in damaged.csv.
-
-    Raises:
-        InputError: without them a class has no photo to train with, or none are left to validate with.
-    """
+    """List damaged photos in damaged.csv. Raises InputError: without them a class has no photo to train with, or none are
+    left to validate with."""
     taught = photos.labels[in_train].tolist()
     lack = [f"to train {name!r} with" for label, name in enumerate(classes) if label not in taught]
     if lack or not len(in_val):
@@ -1396,19 +1339,15 @@ class Training:
         on_first(write_csv, self.args.out / "history.csv", self.history)
 
     def restore(self, checkpoint: dict) -> None:
-        """Go on from a checkpoint, whose `model` the network has already.
-
-        Raises:
-            InputError: it is of other photos, or damaged.
-        """
+        """Go on from a checkpoint, whose `model` the network has already. Raises InputError: it is of other photos, or
+        damaged."""
         args, before = self.args, checkpoint["checksums"]
         with fitting(args.out / "last.pt"):
             changed = sorted(path for path in {*before, *self.checksums} if before.get(path) != self.checksums.get(path))
-        if changed:
-            first = (train_folder(args.data) / changed[0]).relative_to(args.data)
-            raise CannotGoOn(f"--resume '{args.out}': {len(changed)} of the photos are not those that the run began with (changed, new, "
-                             f"or damaged then or now), the first '{first}': put them back, or start another run")
-        with fitting(args.out / "last.pt"):
+            if changed:
+                first = (train_folder(args.data) / changed[0]).relative_to(args.data)
+                raise CannotGoOn(f"--resume '{args.out}': {len(changed)} of the photos are not those that the run began with (changed, "
+                                 f"new, or damaged then or now), the first '{first}': put them back, or start another run")
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             for parameter, state in self.optimizer.state.items():  # Adam needs them in the parameters' layout
                 state.update({name: torch.empty_like(parameter).copy_(value) for name, value in state.items() if value.dim()})
@@ -1502,10 +1441,9 @@ class Training:
                           [{"path": str(file), "loss": loss} for file, loss in zip(files, losses.tolist())])
                 bad = [file for file, finite in zip(files, losses.isfinite().tolist()) if not finite]
                 rates = " and ".join(f"{share * group['initial_lr']:.2g}" for group in self.optimizer.param_groups)
-                self.diverged(f"the loss of epoch {epoch} is not a finite number in step {place}, at learning "
-                              f"rates {rates}, for '{bad[0]}' and {len(bad) - 1} more of the {len(files)} photos in "
-                              f"{self.args.out / 'not_finite.csv'}: lower --lr-head and --lr-backbone, or")
-        self.diverged(f"the loss of epoch {epoch} is not a finite number in another process: lower --lr-head and --lr-backbone, or")
+                self.diverged(epoch, f" in step {place}, at learning rates {rates}, for '{bad[0]}' and {len(bad) - 1} more of the "
+                                     f"{len(files)} photos in {self.args.out / 'not_finite.csv'}")
+        self.diverged(epoch, " in another process")
 
     def finish_epoch(self, epoch: int, train_loss: float, train_acc: float) -> None:
         """Validate, write files, print."""
@@ -1514,8 +1452,7 @@ class Training:
         logits, labels = predict(self.model, loader), self.photos.labels[self.in_val].cpu()
         val_loss, val_acc = loss_and_accuracy(logits, labels)
         if not math.isfinite(train_loss + val_loss):
-            advice = "lower --lr-head and --lr-backbone" if epoch else "check --weights"
-            self.diverged(f"the loss of epoch {epoch} is not a finite number: {advice}, or")
+            self.diverged(epoch)
         rates = [group["lr"] if epoch else 0.0 for group in self.optimizer.param_groups]
         row = dict(zip(HISTORY, (epoch, train_loss, train_acc, val_loss, val_acc, *rates, self.seconds,
                                  len(self.in_train) / train_seconds), strict=True))
@@ -1529,9 +1466,10 @@ class Training:
         if any(wished(bool(ASKED))):
             raise Stopped
 
-    def diverged(self, words: str) -> None:
+    def diverged(self, epoch: int, where: str = "") -> None:
+        advice = "lower --lr-head and --lr-backbone" if epoch else "check --weights"
         kept = f". The run up to epoch {self.history[-1]['epoch']} is in '{self.args.out}'" if self.history else ""
-        raise CannotGoOn(f"{words} try --amp off, in another run{kept}")
+        raise CannotGoOn(f"the loss of epoch {epoch} is not a finite number{where}: {advice}, or try --amp off, in another run{kept}")
 
 
 def own_totals(saved: torch.Tensor) -> torch.Tensor:
@@ -1577,11 +1515,8 @@ def own_checkpoint(file: Path, config: dict) -> dict:
 
 
 def print_resumed(before: dict, now: dict, checkpoint: dict | None) -> None:
-    """Say from where a run goes on, and on what other machine.
-
-    Raises:
-        InputError: this version of the script prepares photos in another way.
-    """
+    """Say from where a run goes on, and on what other machine. Raises InputError: this version of the script prepares photos
+    in another way."""
     if before.get("preprocessing") != now["preprocessing"]:
         raise CannotGoOn(f"the run prepares photos in another way than this version of Q3.py ({before.get('preprocessing')}, "
                          f"{now['preprocessing']}): go on with the version that began it")
@@ -1597,24 +1532,7 @@ def print_resumed(before: dict, now: dict, checkpoint: dict | None) -> None:
             print(f"Note        {name}: {now[name]}, was {before.get(name)}; figures may differ from an uninterrupted run's", flush=True)
 
 
-def test_best(model: FineTuned, parts: dict[str, list[tuple[Path, int]]], files: list[Path], cache: Path, args: argparse.Namespace,
-              history: list[dict]) -> None:
-    """Score best.pt on the test photos, which nothing has opened so far. Where there is no val/, `files` are all that they lie among."""
-    checkpoint = None
-    if RANK == 0:
-        checkpoint = load_checkpoint(args.out / "best.pt")
-        with fitting(args.out / "best.pt"):
-            model.network.load_state_dict(checkpoint["model"])
-    for tensor in model.network.state_dict().values() if PROCESSES > 1 else ():
-        distributed.broadcast(tensor, 0)
-    try:
-        folder = test_folder(args.data)
-        test(model, checkpoint, parts, None if folder else files, folder or train_folder(args.data), cache, args, history)
-    except InputError as error:
-        raise InputError(f"{error}. Training is done, and its best epoch is safe in '{args.out / 'best.pt'}'") from None
-
-
-def test(model: FineTuned, checkpoint: dict | None, parts: dict[str, list[tuple[Path, int]]], files: list[Path] | None, folder: Path,
+def test(model: FineTuned, checkpoint: dict, parts: dict[str, list[tuple[Path, int]]], files: list[Path] | None, folder: Path,
          cache: Path, args: argparse.Namespace, history: list[dict] = ()) -> None:
     """Score a checkpoint, whose `model` the network has already, on the photos of parts["test"]; write test.json, predictions.csv and
     pictures.
@@ -1626,7 +1544,7 @@ def test(model: FineTuned, checkpoint: dict | None, parts: dict[str, list[tuple[
     facts = file_facts(files or [file for file, _ in parts["test"]])
     photos, _ = open_photos(model, parts["test"], facts, folder, cache, args)
     learnt = [file for file, crc in zip(photos.files, photos.checksums())
-              if checkpoint["checksums"].get(file.relative_to(folder).as_posix()) == crc] if checkpoint else []
+              if checkpoint["checksums"].get(file.relative_to(folder).as_posix()) == crc]
     if learnt and "train" not in parts and checkpoint.get("test"):
         raise InputError(f"{len(learnt):,} of the photos in '{folder}' are such as the network learnt from, '{learnt[0]}' for one, and some of "
                          "those that were set aside for its test are missing: put these back, or name other photos with --data")
@@ -1655,16 +1573,12 @@ def test(model: FineTuned, checkpoint: dict | None, parts: dict[str, list[tuple[
 # -- A trained network, used ------------------------------------------------------------------------------------------
 
 def trained(file: Path, args: argparse.Namespace) -> tuple[dict, FineTuned]:
-    """A checkpoint and its network. Options that were not typed become those of its training.
-
-    Raises:
-        InputError: the file is no checkpoint, or damaged, or photos were prepared in another way for it.
-    """
+    """A checkpoint and its network. Options that were not typed become those of its training. Raises InputError: the file is
+    no checkpoint, or damaged, or photos were prepared in another way for it."""
     checkpoint, asked = load_checkpoint(file), dict(vars(args))
     with fitting(file):
         own, classes = typed_again(checkpoint["options"], file) | {"out": None, "no_cache": False}, checkpoint["classes"]
         vars(args).update({name: value for name, value in own.items() if getattr(args, name) is None})
-        args.workers = args.workers or cores()
         if checkpoint["preprocessing"] != preprocessing(args):
             raise InputError(f"'{file}' learnt from photos that were prepared in another way than by this version of Q3.py: use the "
                              "version that wrote it")
@@ -1682,11 +1596,8 @@ def trained(file: Path, args: argparse.Namespace) -> tuple[dict, FineTuned]:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Test a checkpoint again, or on other photos, into a folder of its own.
-
-    Raises:
-        InputError: a checkpoint or photos that can't be used.
-    """
+    """Test a checkpoint again, or on other photos, into a folder of its own. Raises InputError: a checkpoint or photos that
+    can't be used."""
     file, typed = args.evaluate, args.data
     checkpoint, model = trained(file, args)
     if not (typed or os.path.isdir(args.data)):
@@ -1734,14 +1645,13 @@ def classify(args: argparse.Namespace) -> None:
 
     strict_about_photos()
     with printing_to_the_end(), memory_advice(args), ThreadPoolExecutor(args.workers) as pool:
-        def begin(group: list[Path]) -> tuple[list[Path], list]:
-            return group, [pool.submit(photo_or_problem, photo, args.image_size, border) for photo in group]
-
+        # a group is begun when it is asked for
+        begun = ((group, [pool.submit(photo_or_problem, photo, args.image_size, border) for photo in group]) for group in groups)
         columns = [name for place in ("", "_2", "_3")[:shown] for name in ("class" + place, "confidence" + place)]
         print(cells(["path", *columns]), flush=True)
-        coming, total, unread = begin(next(groups, [])), 0, 0
-        while coming[0]:
-            (group, reading), coming = coming, begin(next(groups, []))
+        coming, total, unread = next(begun, None), 0, 0
+        while coming:
+            (group, reading), coming = coming, next(begun, None)
             found = [future.result() for future in reading]
             seen = [pixels for pixels in found if not isinstance(pixels, str)]
             rows = iter(likeliest(model, np.stack(seen), checkpoint, shown) if seen else [])
@@ -1837,7 +1747,6 @@ def fine_tune(args: argparse.Namespace) -> None:
 
     with run_folder(args), memory_advice(args), stopping_between_steps():
         # What is going to happen, on the screen and in the run's folder.
-        args.workers = args.workers or cores()
         options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
                    if name not in ("resume", "download", *USES)}
         config = {"options": options, "classes": classes, "photos": {part: len(pairs) for part, pairs in parts.items()},
@@ -1850,8 +1759,7 @@ def fine_tune(args: argparse.Namespace) -> None:
             print_resumed(earlier, config, checkpoint)
         on_first(write_json, args.out / "config.json", earlier | config)  # from here on the folder holds a run, which can be resumed
         on_first(write_manifest, manifest, args.out / "split.json")
-        if RANK == 0:
-            print_same_photos({part: parts[part] for part in ("train", "val")}, args.data, args.out)
+        on_first(print_same_photos, {part: parts[part] for part in ("train", "val")}, args.data, args.out)
 
         # Pixels, and the trunk's maps of them.
         facts, cache = file_facts(files), args.out / NO_CACHE if args.no_cache else args.cache
@@ -1874,7 +1782,14 @@ def fine_tune(args: argparse.Namespace) -> None:
         if changed := changed_files(facts):
             print(f"Note        {len(changed):,} photos have changed since they were read, the first '{changed[0]}'; the run learnt from "
                   "what they were", flush=True)
-        test_best(model, parts, files, cache, args, training.history)
+        best = on_first(lambda: load_checkpoint(args.out / "best.pt") | {"optimizer": {}})
+        with fitting(args.out / "best.pt"):
+            model.network.load_state_dict(best["model"])
+        folder = test_folder(args.data)
+        try:  # no test photo was opened so far; without a val/ they lie among all the others
+            test(model, best, parts, None if folder else files, folder or train_folder(args.data), cache, args, training.history)
+        except InputError as error:
+            raise InputError(f"{error}. Training is done, and its best epoch is safe in '{args.out / 'best.pt'}'") from None
     print(f"\nCheckpoints, history, predictions and pictures: {args.out}")
     if PROCESSES > 1:
         distributed.destroy_process_group()

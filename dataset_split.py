@@ -56,14 +56,22 @@ class InputError(Exception):
     """Input that can't be used. Its text is the one line a person gets: what is wrong, where, and what to do."""
 
 
+@contextmanager
+def disk_errors(words: str):
+    """Turn an OSError into an InputError: these words, and what the system says."""
+    try:
+        yield
+    except OSError as error:
+        name = str(error.filename2 or error.filename or "")
+        file = f" ('{name}')" if name not in words else ""
+        raise InputError(f"{words}: {error.strerror or error}{file}") from None
+
+
 # -- Which photos there are -------------------------------------------------------------------------------------------
 
 def find_data(folder: str | os.PathLike) -> Path:
-    """The data folder, whatever capitals it is typed in: the public archive unpacks to inaturalist_12K.
-
-    Raises:
-        InputError: there is no such folder.
-    """
+    """The data folder, whatever capitals it is typed in: the public archive unpacks to inaturalist_12K. Raises InputError:
+    there is no such folder."""
     folder = _in_any_capitals(Path(folder))
     if not os.path.isdir(folder):
         raise InputError(f"no data folder '{folder}' (looked in {Path.cwd()}): python Q3.py --download fetches iNaturalist-12K "
@@ -72,11 +80,8 @@ def find_data(folder: str | os.PathLike) -> Path:
 
 
 def train_folder(data: Path) -> Path:
-    """Where the class folders of the training photos are: in train/, or in the data folder itself.
-
-    Raises:
-        InputError: there is a val/ and no train/, or parts of the data have other names.
-    """
+    """Where the class folders of the training photos are: in train/, or in the data folder itself. Raises InputError: there
+    is a val/ and no train/, or parts of the data have other names."""
     if os.path.isdir(data / "train"):
         return data / "train"
     if os.path.isdir(data / "val"):
@@ -117,7 +122,7 @@ def list_photos(folder: Path, least: int = 2) -> dict[str, list[str]]:
     Raises:
         InputError: `folder` is missing or unreadable, has too few class folders, or one of them has no photo.
     """
-    try:
+    with disk_errors(f"the photos in '{folder}' can't be listed"):
         with os.scandir(folder) as entries:
             classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
         if len(classes) < least:
@@ -125,8 +130,6 @@ def list_photos(folder: Path, least: int = 2) -> dict[str, list[str]]:
             raise InputError(f"{found} in '{folder}': {least} or more are needed, each with the photos of one class; --data names the folder "
                              "that they, or train/ and val/, are in")
         files = {name: sorted(_visible_files(folder, name)) for name in classes}
-    except OSError as error:
-        raise InputError(f"'{error.filename or folder}' can't be listed: {error.strerror}") from None
 
     photos = {name: [path for path in files[name] if path.lower().endswith(PHOTO_ENDINGS)] for name in classes}
     for name in classes:
@@ -200,11 +203,11 @@ def split(photos: dict[str, list[str]], fraction: float, val_fraction: float, se
     Raises:
         InputError: a class is too small to give each part a photo.
     """
-    train, val = [], []
+    train, val, share = [], [], _exact(val_fraction)
     for name, paths in photos.items():
         ordered = sorted(paths, key=lambda path: _order_key(seed, path))
         used = ordered[:max(1, math.floor(len(ordered) * _exact(fraction)))]
-        in_val = [_is_validation(position, _exact(val_fraction)) for position in range(len(used))]
+        in_val = [round((k + 1) * share) > round(k * share) for k in range(len(used))]
         if not 0 < sum(in_val) < len(used):
             short = "validation" if not any(in_val) else "training"
             raise InputError(f"class {name!r} is too small: {len(used)} of its {len(paths)} photos are used, and none "
@@ -249,10 +252,6 @@ def _order_key(seed: int | str, path: str) -> bytes:
     return hashlib.sha256(f"{seed}/{unicodedata.normalize('NFC', path)}".encode("utf-8", "surrogateescape")).digest()
 
 
-def _is_validation(position: int, val_fraction: Fraction) -> bool:
-    return round((position + 1) * val_fraction) > round(position * val_fraction)
-
-
 def labelled(root: Path, paths: list[str], classes: list[str]) -> list[tuple[Path, int]]:
     """What goes from the disk to the network: (file, index of its class in `classes`) for each relative path."""
     index = {name: label for label, name in enumerate(classes)}
@@ -260,12 +259,9 @@ def labelled(root: Path, paths: list[str], classes: list[str]) -> list[tuple[Pat
 
 
 def choose(args: argparse.Namespace) -> tuple[dict, dict[str, list[str]]]:
-    """The manifest that these options ask for, and the photos of the training folder by class; without a val/ a test part of them is
-    set aside, and named in the manifest.
-
-    Raises:
-        InputError: folders or photos that can't be used, or a test part asked for beside a val/.
-    """
+    """The manifest that these options ask for, and the photos of the training folder by class; without a val/ a test part of
+    them is set aside, and named in the manifest. Raises InputError: folders or photos that can't be used, or a test part
+    asked for beside a val/."""
     data = args.data = find_data(args.data)
     photos = list_photos(train_folder(data))
     if not test_folder(data):
@@ -282,12 +278,8 @@ def choose(args: argparse.Namespace) -> tuple[dict, dict[str, list[str]]]:
 
 
 def load_split(args: argparse.Namespace, manifest_file: Path | None) -> tuple[dict, dict[str, list[tuple[Path, int]]], list[Path]]:
-    """The manifest; the (file, label) pairs of "train", "val" and "test"; and all files of the training folder, used or not. No
-    photo is opened.
-
-    Raises:
-        InputError: folders, photos or a manifest that can't be used.
-    """
+    """The manifest; the (file, label) pairs of "train", "val" and "test"; and all files of the training folder, used or not.
+    No photo is opened. Raises InputError: folders, photos or a manifest that can't be used."""
     if manifest_file:
         data = args.data = find_data(args.data)
         photos = list_photos(train_folder(data))
@@ -310,8 +302,8 @@ def same_photos(files: list[Path]) -> list[tuple[Path, Path]]:
     by_size, firsts, pairs = defaultdict(list), {}, []
     for file in files:
         with suppress(OSError):  # who reads the photo will say so
-            status = os.stat(file)
-            by_size[status.st_size * stat.S_ISREG(status.st_mode)].append(file)
+            if file.is_file():
+                by_size[os.path.getsize(file)].append(file)
     for size, alike in by_size.items():
         for file in alike if size and len(alike) > 1 else ():
             with suppress(OSError):
@@ -339,13 +331,8 @@ def print_same_photos(parts: dict[str, list[tuple[Path, int]]], data: Path, out:
 
 @contextmanager
 def atomic_write(file: Path):
-    """Open `file` for writing bytes so that it is there whole or, after a kill or an error, as it was before.
-
-    Written beside its place, flushed to the disk, and moved there.
-
-    Raises:
-        InputError: it can't be written.
-    """
+    """Open `file` for writing bytes so that it is there whole or, after a kill or an error, as it was before: written beside its
+    place, flushed to the disk, and moved there. Raises InputError: it can't be written."""
     aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         with open(aside, "wb") as stream:
@@ -384,7 +371,7 @@ def claim_folder(out: Path | None, names: tuple[str, ...], resume: bool = False)
     Raises:
         InputError: it can't be made or written to, or it holds a run already and not to `resume` it.
     """
-    try:
+    with disk_errors(f"--out '{out or 'runs'}' can't be the run's folder"):
         if out is None:
             out = new_folder(Path("runs"))
         out.mkdir(parents=True, exist_ok=True)
@@ -396,8 +383,6 @@ def claim_folder(out: Path | None, names: tuple[str, ...], resume: bool = False)
                 left.unlink()
         tempfile.TemporaryFile(dir=out).close()
         return out
-    except OSError as error:
-        raise InputError(f"--out '{out or 'runs'}' can't be the run's folder: {error.strerror}") from None
 
 
 def refuse_inside_photos(args: argparse.Namespace) -> None:
@@ -428,22 +413,15 @@ def quoted(words: str) -> str:
 # -- The manifest on disk ---------------------------------------------------------------------------------------------
 
 def write_manifest(manifest: dict, file: Path) -> None:
-    """Write a manifest as JSON. One that is there already is left alone if equal, and never overwritten if not.
-
-    Raises:
-        InputError: `file` can't be written, or holds something else.
-    """
-    text = json.dumps(manifest, indent=1) + "\n"
-    try:
-        if os.path.exists(file):
-            if file.read_bytes() != text.encode():
-                raise InputError(f"'{file}' is there already and differs from the split just made (other photos "
-                                 "or options): delete it, or name another file with --out")
-            return
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"'{file}' can't be written: {error.strerror}") from None
-    write_json(file, manifest)
+    """Write a manifest as JSON. One that is there already is left alone if equal, and never overwritten if not. Raises
+    InputError: `file` can't be written, or holds something else."""
+    with disk_errors(f"'{file}' can't be written"):
+        if not os.path.exists(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, manifest)
+        elif file.read_bytes() != (json.dumps(manifest, indent=1) + "\n").encode():
+            raise InputError(f"'{file}' is there already and differs from the split just made (other photos "
+                             "or options): delete it, or name another file with --out")
 
 
 def read_manifest(file: str | os.PathLike, photos: dict[str, list[str]], test: bool = False) -> dict:
@@ -479,7 +457,6 @@ def read_manifest(file: str | os.PathLike, photos: dict[str, list[str]], test: b
     named = manifest["train"] + manifest["val"] + manifest.get("test", [])
     if not all(isinstance(name, str) for name in manifest["classes"] + named):
         raise InputError(f"split '{file}' is not a manifest: its lists hold something else than names")
-
     if not (0 < manifest["fraction"] <= 1 and 0 < manifest["val_fraction"] < 1 and 0 < manifest.get("test_fraction", 0.5) < 1
             and 0 <= manifest["seed"] < 2**32):
         raise InputError(f"split '{file}' is not a manifest: its fraction, val_fraction, test_fraction or seed is out of range")
@@ -516,11 +493,9 @@ def differences(ours, theirs, our_name: str, their_name: str) -> str:
 
 def refuse_occupied(target: Path, source: Path) -> None:
     """Raise InputError unless `target` is a place where a new tree can be made without touching anybody's files."""
-    try:
+    with disk_errors(f"--materialize '{target}' can't be looked into"):
         occupied = os.path.lexists(target) and (not target.is_dir() or any(target.iterdir()))
         inside = source.resolve() in (target.resolve(), *target.resolve().parents)
-    except OSError as error:
-        raise InputError(f"--materialize '{target}' can't be looked into: {error.strerror}") from None
     if occupied:
         raise InputError(f"--materialize '{target}' is not an empty folder: choose another, or empty it first")
     if inside:
@@ -541,7 +516,7 @@ def materialize(manifest: dict, source: Path, target: Path, mode: str) -> None:
     """
     place = {"symlink": os.symlink, "hardlink": os.link, "copy": shutil.copy2}[mode]
     refuse_occupied(target, source)
-    try:
+    with disk_errors(f"--materialize '{target}' --mode {mode} left nothing there (another --mode may do: symlink, hardlink, copy)"):
         target = target.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as aside:
@@ -554,9 +529,6 @@ def materialize(manifest: dict, source: Path, target: Path, mode: str) -> None:
             if target.exists():
                 target.rmdir()
             tree.rename(target)
-    except OSError as error:
-        raise InputError(f"--materialize '{target}' --mode {mode} failed: {error.strerror}; nothing was left there. "
-                         "Another --mode (symlink, hardlink, copy) may do") from None
 
 
 # -- A data set to try the program with, drawn ------------------------------------------------------------------------
@@ -565,17 +537,14 @@ PATTERNS = "Checks", "Crosses", "Discs", "Dots", "Rays", "Rings", "Spirals", "St
 
 
 def draw_demo(folder: Path, train: int = 100, test: int = 40, seed: int = 0) -> None:
-    """Draw ten classes of patterns in any colours, places, sizes and directions, so that a network has to look at their form: `train`
-    pictures a class in folder/train, `test` in folder/val. Whole or not at all; a folder that was drawn before is left as it is.
-
-    Raises:
-        InputError: it can't be made, or something else is in its place.
-    """
+    """Draw ten classes of patterns in any colours, places, sizes and directions, so that a network has to look at their
+    form: `train` pictures a class in folder/train, `test` in folder/val. Whole or not at all; a folder that was drawn before
+    is left as it is. Raises InputError: it can't be made, or something else is in its place."""
     if os.path.isdir(folder / "train" / "Checks") and os.path.isdir(folder / "val"):
         return
     if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise InputError(f"'{folder}' is in the way: --demo draws its pictures there, move it away")
-    try:
+    with disk_errors(f"--demo can't draw its pictures in '{folder}'"):
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside:
             pictures = [(part, name, index) for part, count in (("train", train), ("val", test)) for name in PATTERNS for index in range(count)]
             for number, (part, name, index) in enumerate(tqdm(pictures, "Drawing", unit="picture", leave=False, disable=None)):
@@ -585,8 +554,6 @@ def draw_demo(folder: Path, train: int = 100, test: int = 40, seed: int = 0) -> 
             if os.path.isdir(folder):
                 os.rmdir(folder)
             os.rename(Path(aside, "demo"), folder)
-    except OSError as error:
-        raise InputError(f"--demo can't draw its pictures in '{folder}': {error.strerror}") from None
 
 
 def draw_picture(name: str, seed, width: int = 80, height: int = 64):
@@ -618,10 +585,7 @@ def draw_picture(name: str, seed, width: int = 80, height: int = 64):
 
 def download(folder: Path, url: str = ARCHIVE) -> None:
     """Fetch the zip archive of a data set and make it `folder`, whole or not at all. A transfer that broke off goes on.
-
-    Raises:
-        InputError: no network, no room, an archive that is damaged or isn't to be trusted, or a `folder` in use.
-    """
+    Raises InputError: no network, no room, an archive that is damaged or isn't to be trusted, or a `folder` in use."""
     folder = _in_any_capitals(Path(os.path.abspath(folder)))
     if os.path.isdir(folder / "train") and os.path.isdir(folder / "val"):
         return print(f"'{folder}' is there already, nothing to download")
@@ -696,10 +660,7 @@ def _transfer(url: str, part: Path, have: int, progress) -> int | None:
 
 def unpack(archive: Path, target: Path) -> None:
     """Unpack a zip archive, checking each member's CRC. None of its files may lie outside `target`, none may be a link.
-
-    Raises:
-        InputError: it is damaged, and deleted then; it isn't to be trusted; or there is no room.
-    """
+    Raises InputError: it is damaged, and deleted then; it isn't to be trusted; or there is no room."""
     try:
         with zipfile.ZipFile(archive) as packed:
             members = packed.infolist()
@@ -839,7 +800,7 @@ def exit_codes(unsaid=()):
         yield
     except (InputError, KeyboardInterrupt) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
-        words = ": ".join(["interrupted"] * interrupted + [str(error)] * bool(str(error)))
+        words = f"interrupted: {error}".removesuffix(": ") if interrupted else str(error)
         with suppress(OSError):  # the terminal may be gone
             if not isinstance(error, unsaid):
                 print(f"{Path(sys.argv[0]).name}: {words}".replace("\n", "\\n"), file=sys.stderr)

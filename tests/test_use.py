@@ -357,6 +357,10 @@ def test_demo_draws_its_data_once_and_the_same_everywhere(tmp_path, monkeypatch,
     dataset_split.draw_demo(Path("other"), train=5, test=1)
     assert all((np.asarray(Image.open("other" / name)) == value).all() for name, value in pixels.items())
     assert sum(int(value.astype(int).sum()) for value in pixels.values()) == pytest.approx(114453780, rel=1e-4)
+    with monkeypatch.context() as patched:
+        patched.setattr(Q3, "PROCESSES", 2)
+        assert "--demo is for a single process" in refused("Q3.py", "--resume", "first")
+        assert "--download is for a single process" in refused("Q3.py", "--download")
     shutil.rmtree("demo")
     Path("demo").touch()
     assert "'demo' is in the way" in refused("Q3.py", "--demo", "--out", "second")
