@@ -1184,7 +1184,7 @@ def print_banner(config: dict) -> None:
           f"(the first {options['freeze']} of {children} children)\n"
           f"Device      {config['device']} ({config['device_name']}), {config['precision']}"
           f"{f', {PROCESSES} processes' if PROCESSES > 1 else ''}\n"
-          f"Steps       {steps} an epoch, {steps * options['epochs']:,} in {options['epochs']} epochs\n"
+          f"Steps       {steps} an epoch, {steps * options['epochs']:,} in all\n"
           f"Results     {options['out']}", flush=True)
 
 

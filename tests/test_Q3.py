@@ -81,7 +81,7 @@ def test_job_prints_banner_table_and_test_result(run):
     done, out = run
     assert not done.stderr, "progress bars are for terminals"
     for part in ("24 training, 6 validation, 12 test", "3 classes", "22,069,251 trainable", "1,444,928 frozen", "cpu", "float32",
-                 "3 an epoch, 9 in 3 epochs", str(out)):
+                 "3 an epoch, 9 in all", str(out)):
         assert part in done.stdout
     lines = done.stdout.splitlines()
     head = lines.index("Epoch | Train Loss | Train Acc | Val Loss | Val Acc")
