@@ -144,7 +144,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                 parser.error(f"--{use} takes a network as it was trained: leave --{others[0].replace('_', '-')} out")
             file = typed[use][0] if use == "predict" else typed[use]
             if not os.path.isfile(file):
-                parser.error(f"--{use} '{file}': no such file; a run keeps its best checkpoint in best.pt")
+                what = "a folder, not a checkpoint" if os.path.isdir(file) else "no such file"
+                parser.error(f"--{use} '{file}': {what}; a run keeps its best checkpoint in best.pt, in the run's folder")
             return args  # what was not typed is in the checkpoint
     if "split" in typed and typed.keys() & {"fraction", "val_fraction", "test_fraction"}:
         parser.error("--split FILE takes the place of --fraction, --val-fraction and --test-fraction: give one or the other")
@@ -442,7 +443,7 @@ def read_photo(file: Path, size: int, border: float | None) -> np.ndarray:
                 return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
             return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, border))
     except UnidentifiedImageError:
-        raise InputError(f"'{file}' is no photo, whatever its name says") from None
+        raise InputError(f"'{file}' is no photo: what it holds is no image") from None
     except MemoryError:
         raise
     except Exception as error:  # for a damaged file Pillow raises nearly anything: OSError, SyntaxError, struct.error
@@ -1176,9 +1177,11 @@ def print_banner(config: dict) -> None:
     aside = (f"Test        {options['test_fraction']:g} of each class, set aside first, as there is no val/ (--test-fraction)\n"
              if options["test_fraction"] else "")
     unread = unread_part(Path(options["data"]))
+    aside += ("Note        frozen layers of random weights learn nothing and see little: add --freeze 0\n"
+              if options["weights"] == "none" and options["freeze"] else "")
     aside += f"Note        '{unread}' is not read: test photos belong in val/, validation photos in train/\n" if unread else ""
     print(f"Photos      {photos['train']:,} training, {photos['val']:,} validation, {photos['test']:,} test; "
-          f"{len(config['classes'])} classes ({options['data']})\n{aside}"
+          f"{len(config['classes'])} classes ({options['data']}, --fraction {options['fraction']:g})\n{aside}"
           f"Network     {network}, {options['image_size']} x {options['image_size']} pixels\n"
           f"Parameters  {config['trainable_parameters']:,} trainable, {config['frozen_parameters']:,} frozen "
           f"(the first {options['freeze']} of {children} children)\n"

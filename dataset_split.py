@@ -75,7 +75,7 @@ def find_data(folder: str | os.PathLike) -> Path:
     folder = _in_any_capitals(Path(folder))
     if not os.path.isdir(folder):
         raise InputError(f"no data folder '{folder}' (looked in {Path.cwd()}): python Q3.py --download fetches iNaturalist-12K "
-                         f"(3.8 GB, {ARCHIVE}), --data names a folder of your own, --demo draws one to try")
+                         f"(3.8 GB, {ARCHIVE}), python Q3.py --demo draws pictures to try, --data names a folder of your own")
     return folder
 
 

@@ -179,7 +179,7 @@ VARIANTS = {  # name: (flags of Q3.py, what is changed in it)
     "whole photos squashed to a square": ([], {"BORDER": None}),
     "fc from noise, at the reference's learning rates": (USUAL_RATES, {"starts_from_probe": lambda args: False, "holds_batchnorm": lambda args: True}),
     "start of fc without mirrored photos": ([], {"probe": probe_without_mirrored}),
-    "start of fc on features as they are": ([], {"spread_of": torch.Tensor.std}),
+    "start of fc on unscaled features": ([], {"spread_of": torch.Tensor.std}),
     "without crops": ([], {"CROP": 1.0}),
     "BatchNorm's statistics learnt": ([], {"holds_batchnorm": lambda args: False}),
     "the reference's learning rates": (USUAL_RATES, {}),
@@ -197,7 +197,7 @@ VARIANTS = {  # name: (flags of Q3.py, what is changed in it)
     "mean of photo and mirror image": ([], {"batches": Again, "predict": predict_twice}),
 }
 INGREDIENTS = ["whole photos squashed to a square", "fc from noise, at the reference's learning rates", "start of fc without mirrored photos",
-               "start of fc on features as they are", "without crops",
+               "start of fc on unscaled features", "without crops",
                "BatchNorm's statistics learnt", "the reference's learning rates", "constant learning rates"]
 CANDIDATES = list(VARIANTS)[list(VARIANTS).index("border of 4/232 instead of 1/16"):]
 
@@ -307,7 +307,7 @@ def recipes(args: argparse.Namespace, runs_of) -> None:
                          f"{100 * mean(runs, 'unscaled'):.1f} %",
                          f"{100 * mean(runs, 'calibration'):.1f} %" if mean(runs, "calibration") != mean(runs, "unscaled") else "",
                          f"{statistics.median(run['seconds'] for run in runs):.0f}"])
-    print_table("recipe | training photos | validation | test | tuned is ahead by | tuned's errors | calibration error | scaled | "
+    print_table("recipe | training photos | validation | test | tuned is ahead by | errors, tuned / this row | calibration error | scaled | "
                 "seconds, whole job", rows)
 
 
@@ -404,4 +404,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_codes():
+        main()

@@ -38,7 +38,7 @@ from torchvision import transforms
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import Q3  # noqa: E402
-from dataset_split import find_data, list_photos  # noqa: E402
+from dataset_split import exit_codes, find_data, list_photos  # noqa: E402
 
 
 # -- the plain loop ---------------------------------------------------------------------------------------------------
@@ -276,4 +276,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_codes():
+        main()

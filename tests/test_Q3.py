@@ -81,7 +81,7 @@ def test_job_prints_banner_table_and_test_result(run):
     done, out = run
     assert not done.stderr, "progress bars are for terminals"
     for part in ("24 training, 6 validation, 12 test", "3 classes", "22,069,251 trainable", "1,444,928 frozen", "cpu", "float32",
-                 "3 an epoch, 9 in all", str(out)):
+                 "3 an epoch, 9 in all", "--fraction 1)", str(out)):
         assert part in done.stdout
     lines = done.stdout.splitlines()
     head = lines.index("Epoch | Train Loss | Train Acc | Val Loss | Val Acc")
@@ -922,6 +922,13 @@ def test_small_cnn_takes_any_size():
 def test_from_scratch_learns_for_longer_by_default():
     assert Q3.get_args(["--from-scratch"]).epochs == 40 and Q3.get_args([]).epochs == 5
     assert Q3.get_args(["--from-scratch", "--epochs", "3"]).epochs == 3
+
+
+def test_frozen_layers_of_random_weights_are_noted(run, capsys):
+    config = json.loads((run[1] / "config.json").read_text())
+    for weights, freeze, noted in (("none", 6, True), ("none", 0, False), ("IMAGENET1K_V2", 6, False)):
+        Q3.print_banner(config | {"options": config["options"] | {"weights": weights, "freeze": freeze}})
+        assert ("add --freeze 0" in capsys.readouterr().out) == noted
 
 
 @pytest.mark.parametrize("flags", [("--weights", "none"), ("--freeze", 0)])

@@ -158,6 +158,7 @@ def test_predict_says_what_it_cannot_use(trained, refused, monkeypatch):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     assert "name photos or folders" in refused("Q3.py", "--predict", trained / "best.pt")
     assert "--predict 'nothing.pt': no such file" in refused("Q3.py", "--predict", "nothing.pt", "a.jpg")
+    assert "a folder, not a checkpoint" in refused("Q3.py", "--predict", trained, "a.jpg")
     assert "leave --freeze out" in refused("Q3.py", "--predict", trained / "best.pt", "a.jpg", "--freeze", 3)
     monkeypatch.setattr(Q3, "PROCESSES", 2)
     assert "--predict is for a single process" in refused("Q3.py", "--predict", trained / "best.pt", "a.jpg")
