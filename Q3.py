@@ -72,7 +72,7 @@ def get_args_parser() -> Parser:
     group.add_argument("--skip-damaged", action="store_true",
                        help="leave damaged training and validation photos out, and list them in damaged.csv; without it they are "
                             "an error")
-    group.add_argument("--workers", type=number(int, 1, 1024), default=cores(), metavar="N",
+    group.add_argument("--workers", type=number(int, 1, 1024), default=min(cores(), 1024), metavar="N",
                        help="threads that decode photos (default: one for each core)")
     group.add_argument("--cache", type=Path, default=Path(".cache"), metavar="DIR",
                        help="where decoded photos and the trunk's maps are kept for the next run (default: .cache)")

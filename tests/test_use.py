@@ -66,7 +66,7 @@ def test_evaluate_on_some_of_the_classes(trained, shared_data, data, capsys):
     assert json.loads(Path("some/test.json").read_text())["classes"] == ["Aves", "Fungi", "Insecta"], "the order is the checkpoint's"
 
 
-def test_evaluate_says_what_it_cannot_use(trained, data, refused, tmp_path):
+def test_evaluate_says_what_it_cannot_use(trained, data, refused, tmp_path, monkeypatch):
     best = trained / "best.pt"
     assert "--out 'first' already holds a run" in refused("Q3.py", "--evaluate", best, "--out", "first")
     (data / "val" / "Aves").rename(data / "val" / "Vögel")
@@ -74,6 +74,9 @@ def test_evaluate_says_what_it_cannot_use(trained, data, refused, tmp_path):
     assert "has classes that" in line and "only the checkpoint has 'Aves'; only the folder has 'Vögel'" in line and not Path("other").exists()
     assert "no data folder 'nowhere'" in refused("Q3.py", "--evaluate", best, "--data", "nowhere")
     assert "--evaluate 'nothing.pt': no such file" in refused("Q3.py", "--evaluate", "nothing.pt")
+    with monkeypatch.context() as moved:
+        moved.setattr("os.path.isdir", lambda place, isdir=os.path.isdir: str(place) != str(torch.load(best, weights_only=True)["options"]["data"]) and isdir(place))
+        assert "its photos were in" in (line := refused("Q3.py", "--evaluate", best, "--out", "other")) and "with --data" in line
     assert "a state dict, which --weights takes" in refused("Q3.py", "--evaluate", "small.pth")
     assert "leave --epochs out" in refused("Q3.py", "--evaluate", best, "--epochs", 3)
     draw_photo(data / "val" / "Vögel" / "00.jpg", (1, 2, 3), 1)
