@@ -1,29 +1,22 @@
 #!/usr/bin/env python3
-"""Fine-tune an ImageNet ResNet50 on the ten classes of iNaturalist-12K.
+"""Fine-tune an ImageNet ResNet50 on the ten classes of iNaturalist-12K: python Q3.py
 
-    python Q3.py
+Each photo is decoded once and passes the frozen first layers, the trunk, once. What is trained,
+batch after batch, are the layers after it, on crops of the trunk's feature maps:
 
-The script reads from top to bottom in the order in which a run happens:
+    photos -> pixels (uint8) -> frozen trunk -> feature maps -> crops -> layer3, layer4, fc -> loss
 
-    photos -> split -> pixels -> network -> trunk maps -> optimiser -> epochs -> test -> files
-
-The first six children of the network (conv1 to layer2) stay as ImageNet left them, its last layer is replaced by one
-for ten classes and learns fast, and the layers between learn slowly. The best epoch on the validation photos is tested
-once. Which photos there are, and which is in which part, is dataset_split.py's business; a list of (file, label) is
-all that comes from there. A run that was interrupted goes on with --resume, and ends as if nothing had been.
-
-    python Q3.py --demo                                       see it work first, on drawn pictures
-    python Q3.py --evaluate runs/NAME/best.pt                 test what was trained
-    python Q3.py --predict runs/NAME/best.pt PHOTO ...        and use it
-    torchrun --nproc-per-node=N Q3.py                         the same on several GPUs
+The lesson is the middle of this file, from "The network" to "The job". Options, the machine and
+the photos come before it; after it come files, the test, prediction and pictures.
+Which photos there are, and which part each is in, is the business of dataset_split.py.
 """
 
 import argparse
 import hashlib
-import json
+import importlib.util
+import io
 import math
 import os
-import platform
 import re
 import shutil
 import signal
@@ -32,361 +25,196 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
-
-from dataset_split import (InputError, Parser, add_split_options, atomic_write, changed_files, claim_folder, differences, disk_errors,
-                           download, draw_demo, exit_codes, file_facts, find_data, labelled, list_photos, load_split, number,
-                           photos_in, print_same_photos, quoted, refuse_inside_photos, test_folder, train_folder, unread_part,
-                           write_csv, write_json, write_manifest)
-
-
-# -- Options ----------------------------------------------------------------------------------------------------------
-
-def cores() -> int:
-    """How many of the processor's cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def get_args_parser() -> Parser:
-    parser = Parser(prog="Q3.py", allow_abbrev=False, description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    group = parser.add_argument_group("photos")
-    group.add_argument("--data", type=Path, default=Path("inaturalist_12k"), metavar="DIR",
-                       help="folder with train/<Class>/ and val/<Class>/, the test set; or class folders alone (default: inaturalist_12k)")
-    group.add_argument("--download", action="store_true",
-                       help="fetch iNaturalist-12K first (3.8 GB), unless it is there; a transfer that broke off goes on")
-    group.add_argument("--demo", action="store_true",
-                       help="draw a small data set into the folder demo/ and do the whole job on it, with the small CNN of --from-scratch: "
-                            "needs no network, photos or weights")
-    add_split_options(group, fraction=0.25)
-    group.add_argument("--split", type=Path, metavar="FILE",
-                       help="a manifest that dataset_split.py wrote, instead of --fraction, --val-fraction and --test-fraction")
-    group.add_argument("--image-size", type=number(int, 32, 4096), default=224, metavar="N",
-                       help="the network sees N x N pixels of a photo (default: 224)")
-    group.add_argument("--skip-damaged", action="store_true",
-                       help="leave damaged training and validation photos out, and list them in damaged.csv; without it they are "
-                            "an error")
-    group.add_argument("--workers", type=number(int, 1, 1024), default=min(cores(), 1024), metavar="N",
-                       help="threads that decode photos (default: one for each core)")
-    group.add_argument("--cache", type=Path, default=Path(".cache"), metavar="DIR",
-                       help="where decoded photos and the trunk's maps are kept for the next run (default: .cache)")
-    group.add_argument("--cache-gb", type=number(float, 0, 10**6), default=10.0, metavar="GB",
-                       help="the most that the trunk's maps may take there, for each recipe and image size; if they need "
-                            "more, the trunk is computed in every step (default: 10)")
-    group.add_argument("--no-cache", action="store_true", help="keep nothing for the next run")
-
-    group = parser.add_argument_group("network")
-    group.add_argument("--weights", default="IMAGENET1K_V2", metavar="SPEC",
-                       help="where training starts: a torchvision name (IMAGENET1K_V1, IMAGENET1K_V2), the path of a "
-                            "ResNet50 state dict, or none for random weights, with --freeze 0 (default: IMAGENET1K_V2)")
-    group.add_argument("--freeze", type=number(int, 0, 9), default=6, metavar="N",
-                       help="the first N of conv1, bn1, relu, maxpool, layer1, layer2, layer3, layer4, avgpool stay as "
-                            "they are; 9: only fc learns (default: 6)")
-    group.add_argument("--from-scratch", action="store_true",
-                       help="train a small CNN from random weights instead, for comparison: five convolutions, nothing frozen")
-
-    group = parser.add_argument_group("training")
-    group.add_argument("--recipe", choices=("tuned", "reference"), default="tuned",
-                       help="reference: the plain published protocol; tuned: keeps the photos' proportions, starts fc from "
-                            "logistic regression, trains on crops at rates that rise and fall, holds BatchNorm's statistics, "
-                            "scales its confidence (default: tuned)")
-    group.add_argument("--epochs", type=number(int, 1, 10**6), metavar="N",
-                       help="passes over the training photos (default: 5; 40 with --from-scratch)")
-    group.add_argument("--batch-size", type=number(int, 1, 10**6), default=64, metavar="N",
-                       help="photos a step at most; an epoch's steps share its photos evenly (default: 64)")
-    group.add_argument("--lr-head", type=number(float, 0, 100, open_low=True), metavar="LR",
-                       help="learning rate of fc (default: 1e-4; 1e-3 where fc starts from noise)")
-    group.add_argument("--lr-backbone", type=number(float, 0, 100, open_low=True), metavar="LR",
-                       help="learning rate of the other layers that learn (default: 1e-5; 1e-4 where fc starts from noise; 1e-3 with "
-                            "--from-scratch)")
-
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
-                       help="auto: the GPU where there is one (default: auto)")
-    group.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-                       help="mixed precision; auto: where the hardware computes in it (default: auto)")
-
-    group = parser.add_argument_group("results")
-    group.add_argument("--out", type=Path, metavar="DIR",
-                       help="the run's folder; one that already holds a run is refused (default: runs/<date-time>)")
-    group.add_argument("--save-minutes", type=number(float, 0, 10**6), default=5.0, metavar="M",
-                       help="how often last.pt is written within an epoch; 0: after each step (default: 5)")
-    group.add_argument("--resume", type=Path, metavar="RUN",
-                       help="go on with an interrupted run from its last.pt; its folder says all else (Ctrl-C prints the command)")
-
-    group = parser.add_argument_group("a trained network")
-    group.add_argument("--evaluate", type=Path, metavar="CKPT",
-                       help="test a checkpoint on the test photos of --data, or on any folder of class folders; its options are the run's")
-    group.add_argument("--predict", type=Path, nargs="+", metavar=("CKPT", "PHOTO"),
-                       help="say for photos, and those in folders, which classes a checkpoint takes them for: a row each, with tabs "
-                            "between its columns; without PHOTO, or with -, a list of them is read from standard input")
-    return parser
-
-
-def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options, checked; those of a run that is resumed are its own. Raises InputError: options that can't be used, or
-    not together."""
-    parser = get_args_parser()
-    defaults = vars(parser.parse_args([]))
-    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))
-    typed = {name: value for name, value in vars(args).items() if value is not None}
-    if PROCESSES > 1 and (alone := sorted(typed.keys() & {"download", *USES})):
-        parser.error(f"--{alone[0]} is for a single process: leave torchrun out")
-    for use, changeable in USES.items():
-        if use in typed:
-            if others := sorted(typed.keys() - changeable - {use}):
-                parser.error(f"--{use} takes a network as it was trained: leave --{others[0].replace('_', '-')} out")
-            file = typed[use][0] if use == "predict" else typed[use]
-            if not os.path.isfile(file):
-                what = "a folder, not a checkpoint" if os.path.isdir(file) else "no such file"
-                parser.error(f"--{use} '{file}': {what}; a run keeps its best checkpoint in best.pt, in the run's folder")
-            return args  # what was not typed is in the checkpoint
-    if "split" in typed and typed.keys() & {"fraction", "val_fraction", "test_fraction"}:
-        parser.error("--split FILE takes the place of --fraction, --val-fraction and --test-fraction: give one or the other")
-    if "demo" in typed and "resume" not in typed:
-        if others := sorted(typed.keys() & {"data", "download", "split", "test_fraction", "weights", "freeze"}):
-            parser.error(f"--demo brings its own data and network: leave --{others[0].replace('_', '-')} out")
-        typed = DEMO | typed
-    if "from_scratch" in typed and typed.keys() & {"weights", "freeze"}:
-        parser.error("--from-scratch trains another network from random weights, all of it: leave --weights and --freeze out")
-    if "resume" in typed:
-        own = typed_again(read_config(typed["resume"])["options"], typed["resume"] / "config.json")
-        for name in typed.keys() - CHANGEABLE - {"resume"}:
-            if typed[name] != own[name]:
-                parser.error(f"--{name.replace('_', '-')} {typed[name]}: the run in '{typed['resume']}' has {own[name]}, and can only "
-                             "go on as it began. For another result start another run")
-        typed = own | typed | {"out": typed["resume"]}
-        if not os.path.isdir(typed["data"]):
-            parser.error(f"--resume '{typed['resume']}': its photos are in '{typed['data']}', which is not there, seen from {Path.cwd()}: "
-                         "go to the folder where the run was begun, or say with --data where they are now")
-    args = argparse.Namespace(**(defaults | typed))
-    if args.demo and PROCESSES > 1:
-        parser.error("--demo is for a single process: leave torchrun out")
-    if args.from_scratch:
-        args.weights, args.freeze = "none", 0
-    lr_head, lr_backbone = (1e-3, 1e-3) if args.from_scratch else (1e-4, 1e-5) if starts_from_probe(args) else (1e-3, 1e-4)
-    args.lr_head, args.lr_backbone = args.lr_head or lr_head, args.lr_backbone or lr_backbone
-    args.epochs = args.epochs or (40 if args.from_scratch else 5)
-    smallest = 48 if args.recipe == "tuned" else 32  # pixels that leave a ResNet50's layer4 a map of one place
-    if not holds_batchnorm(args) and not args.from_scratch and args.image_size <= smallest and args.batch_size <= 2:
-        parser.error(f"--batch-size {args.batch_size} with --image-size {args.image_size} can leave layer4's BatchNorm a "
-                     "single value to take the mean of: raise one of them")
-    return args
-
-
-CHANGEABLE = {"data", "download", "workers", "cache", "cache_gb", "no_cache", "save_minutes"}  # by a run that goes on
-DEMO = {"data": Path("demo"), "fraction": 1.0, "image_size": 64, "from_scratch": True, "epochs": 20}
-USES = {  # of a trained network, and what they can change
-    "evaluate": {"data", "workers", "cache", "no_cache", "batch_size", "device", "amp", "out"},
-    "predict": {"workers", "batch_size", "device", "amp"}}
-
-
-def typed_again(options: dict, file: Path) -> dict:
-    """A run's options, from what it wrote down of them in this file, as if they had been typed. Raises InputError: there is
-    one that this program doesn't know, or takes another value."""
-    parser, words = get_args_parser(), []
-    known = vars(parser.parse_args([]))
-    for name, value in options.items():
-        if name not in known:
-            raise InputError(f"'{file}' is damaged or of another version: it has an option {name!r}")
-        if value is not None and value is not False:
-            words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
-    try:
-        return vars(parser.parse_args(words))
-    except InputError as error:
-        raise InputError(f"'{file}' is damaged or of another version ({first_line(error)})") from None
-
-
-def read_config(folder: Path) -> dict:
-    """A run's config.json. Raises InputError: it isn't there, or is something else."""
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_bytes())
-    except OSError as error:
-        raise InputError(f"--resume '{folder}': no run there to go on with ('{file}': {error.strerror})") from None
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict) or not isinstance(config.get("options"), dict):
-        raise InputError(f"--resume '{folder}': '{file}' is not the JSON that a run writes")
-    return config
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def starts_from_probe(args: argparse.Namespace) -> bool:
-    """Whether fc starts from logistic regression on the features, of which a network of random weights has none."""
-    return args.recipe == "tuned" and args.weights != "none"
-
-
-def holds_batchnorm(args: argparse.Namespace) -> bool:
-    """Whether no BatchNorm statistics are learnt: there are none behind the eighth child, and none to hold in noise."""
-    return args.freeze >= 8 or starts_from_probe(args)
-
-
-def preprocessing(args: argparse.Namespace) -> dict:
-    """What is done to a photo before the network sees it; the reference recipe squashes, which `read_photo` calls a border of None."""
-    return {"image_size": args.image_size, "border": BORDER if args.recipe == "tuned" else None, "interpolation": "bilinear",
-            "mean": list(MEAN), "std": list(STD)}
-
-
-RANK, LOCAL_RANK, PROCESSES, LOCAL_PROCESSES = (
-    int(os.environ.get(name, alone))  # this process among those that torchrun started, in all and on this machine; how many they are
-    for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
-
-if __name__ == "__main__":  # mistakes and --help are answered here, before the seconds that torch takes to load
-    with exit_codes(unsaid=(InputError, KeyboardInterrupt) if RANK else ()):
-        args = get_args()
-        if not (args.download or args.demo or args.evaluate or args.predict):
-            find_data(args.data)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # meanwhile Ctrl-C just ends
 
 import numpy as np
 import PIL
 import torch
-import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import distributed, nn
-from torch.fx.experimental.optimization import fuse  # of convolutions with the BatchNorm layers behind them
+from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 from torchvision.models import ResNet50_Weights, resnet50
 from tqdm import tqdm
 
+import dataset_split as disk
+from dataset_split import InputError, write_csv, write_json, write_whole
+
 torch.backends.cudnn.deterministic = True  # the same seed, the same run
 torch.backends.cudnn.allow_tf32 = False  # float32 is float32
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue, in [0, 1]
-BORDER = 1 / 16  # of a photo's short side, at either end: its middle 224 of 256 pixels, as IMAGENET1K_V1 was tested
-PENALTY = 0.03  # on the squares of the weights of the logistic regression that the head starts from
-WARM_UP = 0.1  # part of the steps in which the tuned recipe's learning rates rise
-CROP = 5 / 7  # of a photo's side that a step of training sees: 160 of 224 pixels, 20 of 28 places of a trunk map
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # odd metadata
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # such a photo is refused
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's red, green, blue in [0, 1]
+PENALTY = 0.03  # on the squared weights of the logistic regression that fc starts from
+WARMUP = 0.1  # part of the steps in which the learning rates rise
 BINS = 15  # of confidence, in the calibration error and its picture
-CHECKPOINT_FORMAT = 4
-STORE_FORMAT = 2  # to be raised when read_photo or FineTuned.maps give something else
+CACHE_FORMAT = 3  # to be raised when read_photo or FineTuned.maps give something else
+CHECKPOINT_FORMAT = 5  # likewise, when a checkpoint holds something else, or another optimiser
+ROW = "{epoch:5} | {train_loss:10.4f} | {train_acc:9.4f} | {val_loss:8.4f} | {val_acc:7.4f}"
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # torchrun's
+WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(name, 1))
+                                for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+QUIET = True if RANK else None  # tqdm: rank 0 draws progress bars, and only in a terminal
+store = None  # of keys and values, which the processes that torchrun started share
 
 
-# -- The machine, and the processes that torchrun started -------------------------------------------------------------
+# -- Options ---------------------------------------------------------------------------------------
 
-QUIET = True if RANK else None  # for tqdm: one process draws progress bars, and only in a terminal
-
-
-def join_processes(device: torch.device) -> None:
-    """Let the processes that torchrun started talk to each other. Raises InputError: on Apple's GPUs, which can't."""
-    if device.type == "mps":
-        raise InputError("several processes need NVIDIA GPUs, or --device cpu")
-    backend, device_id = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
-    warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1 x 1 convolutions, whose strides say nothing
-    # One may wait for a day while another decodes; when one dies, torchrun ends all.
-    distributed.init_process_group(backend, timeout=timedelta(days=1), device_id=device_id)
-
-
-@contextmanager
-def first_on_this_machine():
-    """What one process of each machine does before the others do: fetch, decode."""
-    if LOCAL_RANK > 0:
-        wait_for_all()
-    try:
-        yield
-    finally:
-        if LOCAL_RANK == 0:
-            wait_for_all()
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained. Options can change the last three."""
+    border: float | None  # part of the short side left out at each edge; None: squash the photo
+    crop: float  # side of a training crop, as a part of the photo's side
+    fit_head: bool  # epoch 0: fc starts from logistic regression, not from noise
+    hold_batchnorm: bool  # BatchNorm keeps ImageNet's statistics in the layers that learn, too
+    cosine: bool  # the learning rates warm up and fall along a cosine, or are constant
+    calibrate: bool  # a temperature, fitted on validation, corrects the confidence
+    lr_head: float
+    lr_backbone: float
+    epochs: int
 
 
-def wait_for_all() -> None:
-    if PROCESSES > 1:
-        distributed.barrier()
+RECIPES = {  # border, crop, fit_head, hold_batchnorm, cosine, calibrate, lr_head, lr_backbone
+    "tuned": Recipe(1 / 16, 5 / 7, True, True, True, True, 1e-4, 1e-5, epochs=5),
+    "reference": Recipe(None, 1.0, False, False, False, False, 1e-3, 1e-4, epochs=5),
+    "scratch": Recipe(1 / 16, 5 / 7, False, False, True, True, 1e-3, 1e-3, epochs=40),
+}
+DEMO = {"data": Path("demo"), "fraction": 1.0, "image_size": 64, "epochs": 20}
+BESIDE = {  # the options that go with each of these; a checkpoint knows all others
+    "resume": {"data", "workers", "cache"},
+    "evaluate": {"data", "workers", "cache", "batch_size", "device", "amp", "out"},
+    "predict": {"workers", "batch_size", "device", "amp"},
+}
 
+
+def get_args_parser() -> disk.Parser:
+    parser = disk.Parser(prog="Q3.py", allow_abbrev=False, description=__doc__,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    size, rate = disk.number(int, 1, 10**6), disk.number(float, 0, 100, "(]")
+
+    add = (group := parser.add_argument_group("photos")).add_argument
+    add("--data", type=Path, default=Path("inaturalist_12k"), metavar="DIR",
+        help="has train/<Class>/ and, for the test, val/<Class>/; or class folders alone")
+    source = group.add_mutually_exclusive_group().add_argument
+    source("--download", action="store_true", help="fetch iNaturalist-12K first, if it is missing")
+    source("--demo", action="store_true", help="draw patterns, and train the small CNN on them")
+    disk.add_split_options(group, fraction=0.25)
+    add("--split", type=Path, metavar="FILE", help="a manifest, instead of the fractions")
+    add("--image-size", type=disk.number(int, 64, 4096), default=224, metavar="N",
+        help="the network sees N x N pixels (default: 224)")
+    add("--workers", type=disk.number(int, 1, 4096), default=CORES, metavar="N",
+        help="threads that decode photos (default: one a core)")
+    add("--cache", type=Path, default=Path(".cache"), metavar="DIR",
+        help="keeps pixels and feature maps for the next run; none: keep nothing (default: .cache)")
+
+    group = parser.add_argument_group("network")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--weights", default="IMAGENET1K_V2", metavar="SPEC",
+        help="IMAGENET1K_V1, IMAGENET1K_V2 (default), the file of a ResNet50 state dict, or none")
+    add("--from-scratch", action="store_true", help="train a small CNN from random weights instead")
+    group.add_argument("--freeze", type=disk.number(int, 0, 9), metavar="N", help="""freeze the
+        first N of conv1, bn1, relu, maxpool, layer1-4, avgpool (default: 6; random weights: 0)""")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--recipe", choices=RECIPES, help="default: tuned; random weights: scratch")
+    add("--epochs", type=size, metavar="N", help="default: 5; scratch: 40; demo: 20")
+    add("--batch-size", type=size, default=64, metavar="N", help="photos in a step (default: 64)")
+    add("--lr-head", type=rate, metavar="LR", help="of fc (default: 1e-4; other recipes: 1e-3)")
+    add("--lr-backbone", type=rate, metavar="LR",
+        help="of the other layers that learn (default: 1e-5; reference: 1e-4; scratch: 1e-3)")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: auto")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
+
+    group = parser.add_argument_group("runs and trained networks")
+    group.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<date-time>")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--resume", type=Path, metavar="RUN", help="go on after the last finished epoch")
+    add("--evaluate", type=Path, metavar="CKPT", help="score a checkpoint on the test photos")
+    add("--predict", nargs="+", metavar=("CKPT", "PHOTO"), help="""classify photos and folders
+        of photos; without PHOTO, or with -, those whose paths come on standard input""")
+    return parser
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options, checked; `typed` holds those that were given, as they replace a checkpoint's."""
+    parser = get_args_parser()
+    defaults = vars(parser.parse_args([]))
+    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
+    typed = {name: value for name, value in typed.items() if value is not None}
+    for option, allowed in BESIDE.items():
+        if option in typed and (others := sorted(typed.keys() - allowed - {option})):
+            parser.error(f"--{others[0].replace('_', '-')} can't be given with --{option}, which "
+                         "goes by the checkpoint: leave it out")
+
+    args = argparse.Namespace(**defaults | (DEMO if "demo" in typed else {}) | typed, typed=typed)
+    args.from_scratch |= args.demo and "weights" not in typed
+    args.weights = "none" if args.from_scratch else args.weights
+    args.recipe = args.recipe or ("scratch" if args.weights == "none" else "tuned")
+    if args.freeze is None:
+        args.freeze = 0 if args.weights == "none" else 6
+    for name in ("lr_head", "lr_backbone", "epochs"):
+        setattr(args, name, getattr(args, name) or getattr(RECIPES[args.recipe], name))
+    if args.weights == "none" and RECIPES[args.recipe].hold_batchnorm:
+        parser.error(f"--recipe {args.recipe} builds on trained weights: for random ones give "
+                     "scratch or reference")
+    if args.split and typed.keys() & {"fraction", "val_fraction", "test_fraction"}:
+        parser.error("--split FILE says which photos are used: leave the fractions out")
+    return args
+
+
+# -- The machine, and the processes that torchrun starts -------------------------------------------
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of this tensor over all processes."""
-    if PROCESSES > 1:
+    """The sum of this tensor over all processes. They wait for each other here."""
+    if WORLD_SIZE > 1:
         distributed.all_reduce(tensor)
     return tensor
 
 
-class Stopped(KeyboardInterrupt):
-    """Asked to stop, and at a place now that the run can go on from."""
+def from_rank_0(function, *args):
+    """What the function gives rank 0, in every process. If it fails, torchrun ends them all."""
+    result = [function(*args) if RANK == 0 else None]
+    if WORLD_SIZE > 1:
+        distributed.broadcast_object_list(result, 0, device=torch.device("cpu"))
+    return result[0]
 
 
-ASKED = []  # to stop: the signals that came
+def end_on_signals() -> None:
+    """Let SIGTERM, which schedulers send, and a closed terminal end a run as Ctrl-C does."""
+    def interrupt(*_):
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)  # torchrun sends more; the first is enough
+        raise KeyboardInterrupt
 
-
-@contextmanager
-def stopping_between_steps():
-    """Let Ctrl-C, a closed terminal and SIGTERM, which schedulers send, wait for the end of a step. A second one does not wait;
-    but torchrun passes SIGTERM on to processes that have it already, and a shell SIGHUP, so that these don't count twice."""
-    def ask(signal_number, _):
-        ASKED.append(signal_number)
-        for repeated, handler in then.items():
-            signal.signal(repeated, handler)
-        with suppress(OSError):  # the terminal may be gone; and print() may be in the middle of something
-            os.write(2, b"\nstopping after this step; once more to leave at once\n")
-
-    then = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_IGN if PROCESSES > 1 else signal.SIG_DFL}
-    then |= {signal.SIGHUP: signal.SIG_IGN} if hasattr(signal, "SIGHUP") else {}
-    then = {each: handler for each, handler in then.items() if signal.getsignal(each) != signal.SIG_IGN}
-    before = {each: signal.signal(each, ask) for each in then}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        ASKED.clear()
-
-
-def on_first(function, *args):
-    """What the first process makes of this, for all of them; so is an InputError."""
-    done = [None]
-    if RANK == 0:
-        try:
-            done[0] = function(*args)
-        except InputError as error:
-            done[0] = error
-    if PROCESSES > 1:
-        distributed.broadcast_object_list(done, 0, device=torch.device("cpu"))
-    if isinstance(done[0], InputError):
-        raise done[0]
-    return done[0]
-
-
-def wished(*wishes: bool) -> list[int]:
-    """For each wish whether any process has it, so that all do the same; they have to ask together."""
-    flags = torch.tensor(wishes, dtype=torch.int32)
-    if PROCESSES > 1:
-        distributed.all_reduce(flags, distributed.ReduceOp.MAX)
-    return flags.tolist()
+    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+               if getattr(signal, name, None) and RANK == 0]
+    for each in signals:
+        if signal.getsignal(each) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+            signal.signal(each, interrupt)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called cuda, mps or cpu; for auto the first of these that is there. Raises InputError: it is not there."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in present if present[kind])
-    if not present[name]:
-        raise InputError(f"--device {name}: this machine or this build of torch has none; there is "
-                         f"{' and '.join(kind for kind in present if present[kind])}")
-    if name == "cuda":
-        if LOCAL_RANK >= torch.cuda.device_count():
-            raise InputError(f"{LOCAL_PROCESSES} processes and {torch.cuda.device_count()} GPUs: give torchrun "
-                             f"--nproc-per-node={torch.cuda.device_count()}")
-        torch.cuda.set_device(LOCAL_RANK)
-    return torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
+    """The device called cuda, mps or cpu; auto: the first there is. Raises InputError: too few."""
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()),
+             "cpu": LOCAL_WORLD_SIZE}
+    name = next(kind for kind in count if count[kind]) if name == "auto" else name
+    if count[name] < LOCAL_WORLD_SIZE:
+        raise InputError(f"--device {name}: {LOCAL_WORLD_SIZE} needed, {count[name]} found by this "
+                         "build of torch. Give --device cpu, or torchrun fewer processes")
+    return torch.device("cuda", LOCAL_RANK) if name == "cuda" else torch.device(name)
 
 
 def pick_precision(amp: str, device: torch.device) -> torch.dtype:
-    """The type that matrix products and convolutions are computed in; float32 means no mixed precision.
-
-    auto is bfloat16 where the hardware multiplies in it, float16 on the NVIDIA GPUs before that (Volta, Turing), and
-    float32 elsewhere: a CPU that only emulates bfloat16 is many times slower with it (measured: 10.3 photos/s forward
-    in float32, 1.6 in bfloat16, on an AVX2 machine). Raises InputError: float16 on another device than an NVIDIA GPU.
-    """
+    """The type of convolutions; float32: no mixed precision. auto is bfloat16 where the hardware
+    has it (emulated, as on AVX2, it is slow: 1.6 photos/s, not 10.3), float16 on older GPUs."""
     if amp == "fp16" and device.type != "cuda":
         raise InputError(f"--amp fp16 is for NVIDIA GPUs: on {device.type} give --amp bf16 or off")
     if amp != "auto":
@@ -395,137 +223,103 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16
         return torch.float16 if torch.cuda.get_device_capability() >= (7, 0) else torch.float32
-    if device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        if torch.backends.mkldnn.is_available() and (has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16")):
-            return torch.bfloat16
-    return torch.float32
-
-
-def layout(device: torch.device) -> torch.memory_format:
-    """Channels-last, which convolutions are fastest in (on 2 AVX2 cores 10.3 photos/s forward, against 7.1), except on
-    Apple's GPUs, where BatchNorm then gives wrong gradients (pytorch issue 175189)."""
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    bf16 = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if bf16 and torch.backends.mkldnn.is_available() else torch.float32
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device; a GPU gets it without this process waiting for what the GPU still has to do."""
+    """The tensor on the device; a GPU gets it while it still computes something else."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
-# -- Photos: files -> uint8 pixels, once ------------------------------------------------------------------------------
+# -- Photos: files -> uint8 pixels, once -----------------------------------------------------------
 
-def read_photo(file: Path, size: int, border: float | None) -> np.ndarray:
-    """A photo as the network sees it: upright, RGB, and a square: its middle, or all of it squashed.
-
-    Args:
-        border: part of the short side that the square in the middle leaves out at either end; None squashes.
-
-    Returns:
-        uint8 array (size, size, 3).
-
-    Raises:
-        InputError: the file is no photo, a damaged one, or one of more pixels than Pillow thinks sane (89 million).
-    """
-    if not os.path.isfile(file):  # opening a pipe would wait for ever
-        what = "a folder that holds no photos or can't be read" if os.path.isdir(file) else "not there, or no file"
-        raise InputError(f"'{file}' is {what}")
+def read_photo(file: Path, size: int, border: float | None) -> torch.Tensor | InputError:
+    """A photo as the network sees it, upright: uint8 (size, size, 3), RGB. `border` is the part of
+    the short side left out at each edge of a square in the middle; None squashes the whole photo.
+    Returns, not raises, an InputError if it is no photo, damaged, or of over 89 million pixels."""
+    if not os.path.isfile(file):  # opening a pipe would wait forever
+        return InputError(f"there is no file '{file}'")
     try:
         with Image.open(file) as image:
             image.load()
-            turn_upright(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
+            with suppress(Exception):  # damaged EXIF data; the pixels are whole
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I"):  # 16 bits a pixel; convert() would cut them off at 255
                 image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
             image = image.convert("RGB")
             if border is None:
-                return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-            return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, border))
+                image = image.resize((size, size), Image.Resampling.BILINEAR)
+            else:
+                image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, border)
+            return torch.from_numpy(np.array(image))
     except UnidentifiedImageError:
-        raise InputError(f"'{file}' is no photo: what it holds is no image") from None
+        return InputError(f"'{file}' is no photo: Pillow finds no image in it")
     except MemoryError:
         raise
-    except Exception as error:  # for a damaged file Pillow raises nearly anything: OSError, SyntaxError, struct.error
-        raise InputError(f"photo '{file}' can't be read ({first_line(error)})") from None
+    except Exception as error:  # Pillow's decoders raise any kind: OSError, SyntaxError, IndexError
+        return InputError(f"photo '{file}' can't be read ({error or type(error)})")
 
 
-def photo_or_problem(file: Path, size: int, border: float | None) -> np.ndarray | str:
-    """What `read_photo` gives, or in words why the photo can't be read."""
-    try:
-        return read_photo(file, size, border)
-    except InputError as error:
-        return str(error)
+class Cache:
+    """A file of tensors of one shape, one a row, which are written once and read by many runs.
 
+    The last byte of a row is set after the others, so that a killed run leaves only whole rows; and
+    only rows in use are in memory, as each batch maps the file anew. `key` is <photos>-<state>, two
+    fingerprints: opening a cache deletes the files of the same photos in other states."""
 
-def strict_about_photos() -> None:
-    """Let Pillow refuse a photo of too many pixels, and keep silent about odd metadata; the pixels are fine."""
-    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-    warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-
-
-def turn_upright(image: Image.Image) -> None:
-    """Obey EXIF's orientation tag, as far as the EXIF data can be read."""
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except MemoryError:
-        raise
-    except Exception:  # a photo with damaged EXIF data is still a photo
-        pass
-
-
-class Store:
-    """A file of tensors of one shape and type, one a row, that are written once and read many times.
-
-    Behind the rows lies a byte for each, which is set when the row has reached the disk. So a run that is killed leaves
-    only whole rows behind and the next one goes on from there; and two runs at once write the same bytes twice. Only the
-    rows in use are in memory: they are mapped anew for each batch, as nanoGPT does.
-
-    The file is called NAME-FINGERPRINT after what went into it. Others of the same NAME are out of date, and deleted.
-    """
-
-    def __init__(self, folder: Path, name: str, facts: tuple, rows: int, shape: tuple[int, ...], dtype: torch.dtype):
-        self.name, self.rows, self.shape, self.dtype = name, rows, tuple(shape), dtype
+    def __init__(self, folder: Path, key: str, name: str, rows: int, shape: tuple[int, ...],
+                 dtype: torch.dtype):
+        self.folder, self.key, self.name, self.shape, self.dtype = folder, key, name, shape, dtype
         self.row_bytes = math.prod(shape) * dtype.itemsize
-        self.file = folder / f"{name}-{fingerprint(facts, dtype, STORE_FORMAT)}"
-        self.trouble = f"decoded photos and their maps can't be kept in '{folder}' (make room there, or choose another --cache DIR)"
-        with disk_errors(self.trouble):
+        self.file_shape = rows, self.row_bytes + 1
+        with disk.disk_errors(f"--cache '{folder}' can't be used"):
             folder.mkdir(parents=True, exist_ok=True)
-            for old in set(folder.glob(f"{name}-{'[0-9a-f]' * 16}")) - {self.file}:
-                with suppress(OSError):  # Windows deletes no file that another run has open
-                    old.unlink()
-            self.stream = open(self.file, "r+b", opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666))
-            self.stream.truncate(rows * (self.row_bytes + 1))
+            for old in folder.glob(f"{key.split('-')[0]}-*"):
+                if not old.name.startswith(key):
+                    with suppress(OSError):  # Windows: another run has it open
+                        old.unlink()
+            (folder / f"{key}-{name}").touch()
+            self.file = open(folder / f"{key}-{name}", "r+b")  # noqa: SIM115 - while it is used
+            self.file.truncate(math.prod(self.file_shape))  # unwritten rows take no room
+
+    def rows(self, mode: str = "r") -> np.memmap:
+        return np.memmap(self.file, np.uint8, mode, shape=self.file_shape)
 
     def missing(self, rows: torch.Tensor) -> torch.Tensor:
-        """For each of these rows whether it is still to be written: bool (len(rows),)."""
-        written = np.memmap(self.stream, bool, "r", offset=self.rows * self.row_bytes, shape=self.rows)
-        return ~torch.from_numpy(written[rows.numpy()])
+        """Those of the rows, int64, that are still to be written."""
+        return rows[torch.from_numpy(self.rows()[rows.numpy(), -1] == 0)]
 
-    def write(self, rows: torch.Tensor, values: torch.Tensor) -> None:
-        """Write values (len(rows), *shape) to these rows."""
-        assert (*values.shape, values.dtype) == (len(rows), *self.shape, self.dtype)
-        with disk_errors(self.trouble):
-            for row, value in zip(rows.tolist(), values.contiguous().view(torch.uint8).numpy()):
-                self.stream.seek(row * self.row_bytes)
-                self.stream.write(value)
-            self.stream.flush()
-            os.fsync(self.stream.fileno())
-            for row in rows.tolist():
-                self.stream.seek(self.rows * self.row_bytes + row)
-                self.stream.write(b"\1")
-            self.stream.flush()
-
-    def check(self, rows: torch.Tensor) -> None:
-        """Raise InputError unless all processes find these rows written."""
-        wait_for_all()
-        if self.missing(rows).any():
-            raise InputError(f"'{self.file}' was deleted by another run meanwhile: start again, with a --cache of its own")
+    def fill(self, rows: torch.Tensor, title: str, size: int, compute) -> dict[int, InputError]:
+        """Write the missing rows, `size` at a time: compute(rows) gives a tensor for each, or an
+        error; the errors are returned. Each process computes a share, then what others left."""
+        errors = {}
+        for share in (rows[LOCAL_RANK::LOCAL_WORLD_SIZE], rows)[:WORLD_SIZE]:  # alone: one pass
+            missing, start = self.missing(share), time.perf_counter()
+            if len(missing) * self.row_bytes > shutil.disk_usage(self.folder).free:
+                raise InputError(f"--cache '{self.folder}' has no room for {len(missing):,} photos:"
+                                 " name another folder, or make room there")
+            groups = missing.split(size) if len(missing) else ()
+            for some in tqdm(groups, title, unit="group", leave=False, disable=QUIET):
+                data = self.rows("r+")
+                for row, value in zip(some.tolist(), compute(some)):
+                    if isinstance(value, InputError):
+                        errors[row] = value
+                    else:
+                        data[row, :-1] = value.contiguous().view(torch.uint8).flatten()
+                        data[row, -1] = 1
+            if len(missing):
+                print(f"{title:11} {len(missing):,} photos in {time.perf_counter() - start:.1f} s")
+            summed(torch.zeros(1))  # wait for the others
+        return errors
 
     def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
-        """A copy of these rows: (len(rows), *shape)."""
-        data = np.memmap(self.stream, np.uint8, "r", shape=(self.rows, self.row_bytes))
-        return torch.from_numpy(data[rows.numpy()]).view(self.dtype).view(len(rows), *self.shape)
+        """A copy of these rows, int64: (len(rows), *shape)."""
+        data = torch.from_numpy(self.rows()[rows.numpy(), :-1])
+        return data.flatten().view(self.dtype).view(len(rows), *self.shape)
 
 
 def fingerprint(*facts) -> str:
@@ -533,399 +327,282 @@ def fingerprint(*facts) -> str:
     return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def in_steps(title: str, rows: torch.Tensor, size: int):
-    """Go through the rows a few at a time with a progress bar, and say how long it took."""
-    start = time.perf_counter()
-    with tqdm(desc=title, total=len(rows), unit="photo", leave=False, disable=QUIET) as progress:
-        for some in rows.split(size) if len(rows) else ():
-            if ASKED:
-                raise Stopped
-            yield some
-            progress.update(len(some))
-    if len(rows):
-        seconds = time.perf_counter() - start
-        print(f"{title:11} {len(rows):,} photos{' in this process' if LOCAL_PROCESSES > 1 else ''} in {seconds:.1f} s "
-              f"({len(rows) / seconds:,.0f} a second)", flush=True)
+@dataclass
+class Photos:
+    """The photos of one part: training, validation or test."""
+    paths: list[str]  # relative to the folder, with "/"
+    labels: torch.Tensor  # int64 (photos,)
+    pixels: Cache  # uint8 (size, size, 3), of all photos of the folder
+    rows: torch.Tensor  # int64 (photos,): where in the cache these photos are
+    maps: Cache | torch.Tensor | None = None  # feature maps: the folder's; on a GPU this part's
+    mirrored: bool = False  # left and right exchanged; only for photos without maps
+
+    def checksums(self) -> dict[str, int]:
+        """CRC-32 of the pixels of each photo, by path."""
+        return {path: zlib.crc32(self.pixels[row[None]].numpy())
+                for path, row in zip(self.paths, self.rows)}
 
 
-def pixel_store(cache: Path, folder: Path, facts: list[tuple], size: int, border: float | None) -> Store:
-    """The store of a folder's photos, which holds for as long as none of them is added, removed or changed."""
-    facts = [(os.path.relpath(name, folder), *rest) for name, *rest in facts]
-    return Store(cache, f"pixels-{fingerprint(folder.resolve(), size, border)}", (facts, PIL.__version__), len(facts),
-                 (size, size, 3), torch.uint8)
+def load_photos(parts: dict[str, list], files: dict[Path, list[Path]], cache: Path, size: int,
+                border: float | None, workers: int) -> tuple[dict[str, Photos], dict[Path, str]]:
+    """Decode the photos of all parts, unless the cache has them. In threads, as Pillow lets them
+    run side by side (2 cores, 800 x 600: 272 photos/s with two threads, 222 with two processes).
+
+    `parts` are (file, label) pairs. `files` lists every photo of a folder, used or not; its place
+    is its row in the cache. Returns the photos by part, and what is wrong with those left out."""
+    loaded, damaged = {}, {}
+    for folder, names in files.items():
+        stats = [file.stat(follow_symlinks=file.exists()) for file in names]
+        state = fingerprint(PIL.__version__, torch.__version__, CACHE_FORMAT, [
+            (str(file.relative_to(folder)), stat.st_size, stat.st_mtime_ns)
+            for file, stat in zip(names, stats)])
+        pixels = Cache(cache, f"{fingerprint(folder.resolve())}-{state}",
+                       f"pixels-{fingerprint(size, border)}", len(names), (size, size, 3),
+                       torch.uint8)
+        row_of = {file: row for row, file in enumerate(names)}
+        here = {part: pairs for part, pairs in parts.items() if pairs[0][0] in row_of}
+        rows = torch.tensor([row_of[file] for pairs in here.values() for file, _ in pairs])
+        with ThreadPoolExecutor(workers) as pool:
+            errors = pixels.fill(rows, "Decoding", 8 * workers, lambda some, names=names: pool.map(
+                partial(read_photo, size=size, border=border), [names[row] for row in some]))
+        damaged |= {names[row]: str(error) for row, error in errors.items()}
+        for part, pairs in here.items():
+            whole = [(file, label) for file, label in pairs if file not in damaged]
+            lost = {label for _, label in pairs} - {label for _, label in whole}
+            if bad := [damaged[file] for file, label in pairs
+                       if file in damaged and (part == "test" or label in lost)]:
+                raise InputError(f"{len(bad)} damaged photos that the {part} part needs: replace "
+                                 f"or remove them: {'; '.join(bad[:3])}")
+            paths = [file.relative_to(folder).as_posix() for file, _ in whole]
+            labels, rows = torch.tensor([(label, row_of[file]) for file, label in whole]).unbind(1)
+            loaded[part] = Photos(paths, labels, pixels, rows)
+    return loaded, damaged
 
 
-def decode(files: list[Path], rows: torch.Tensor, pixels: Store, workers: int, border: float | None) -> dict[int, str]:
-    """Decode the photos of these rows, unless they are in the store already, in several threads.
+# -- The network: ImageNet's ResNet50, its last layer replaced, its first children frozen ----------
 
-    Threads rather than processes, because Pillow lets them run side by side (two cores, photos of 800 x 600: 144
-    photos/s with one thread, 272 with two, 222 with two processes). A few at a time, so that few wait to be written.
-
-    Returns:
-        {row: what is wrong} of those that can't be read.
-
-    Raises:
-        InputError: the disk is full.
-    """
-    strict_about_photos()
-    few = max(workers, min(32 * workers, 2**27 // pixels.row_bytes))
-    damaged = {}
-
-    with ThreadPoolExecutor(workers) as pool:
-        for some in in_steps("Decoding", rows[pixels.missing(rows)], few):
-            found = pool.map(lambda row: photo_or_problem(files[row], pixels.shape[0], border), some.tolist())
-            photos = {}
-            for row, photo in zip(some.tolist(), found):
-                (damaged if isinstance(photo, str) else photos)[row] = photo
-            if photos:
-                pixels.write(torch.tensor(list(photos)), torch.from_numpy(np.stack(list(photos.values()))))
-    return damaged
+def build_resnet50(classes: int, weights: str) -> nn.Module:
+    """A ResNet50 whose last layer is a new one for so many classes. `weights`: a torchvision name,
+    the path of a state dict, or none. Raises InputError: they can't be had, or don't fit."""
+    network = resnet50(weights=None)
+    features, network.fc = network.fc.in_features, nn.Identity()  # so that no fc is expected
+    if weights != "none":
+        state = from_rank_0(read_weights, weights)
+        try:
+            network.load_state_dict({name: value for name, value in state.items()
+                                     if not name.startswith("fc.")})
+        except RuntimeError as error:  # what differs: a line each, after a headline
+            raise InputError(f"--weights '{weights}' is not of a ResNet50: "
+                             f"{str(error).splitlines()[1].strip():.200}") from None
+    network.fc = nn.Linear(features, classes)  # starts uniform in +-1 / sqrt(2048)
+    return network
 
 
-# -- The network: ImageNet's ResNet50, its last layer replaced, its first children frozen -----------------------------
-
-def initial_state(spec: str) -> dict[str, torch.Tensor]:
-    """The state dict that training starts from.
-
-    Args:
-        spec: a torchvision name (fetched once, with a hash check), or the path of a ResNet50 state dict.
-
-    Raises:
-        InputError: no network, no such file, or a file that holds something else.
-    """
+def read_weights(spec: str) -> dict[str, torch.Tensor]:
+    """The state dict that --weights names. Raises InputError: it can't be had, or is no file."""
     if spec in ResNet50_Weights.__members__:
         weights = ResNet50_Weights[spec]
         try:
             return weights.get_state_dict(progress=True, check_hash=True)
-        except Exception as error:  # no network, a broken transfer, a wrong hash, a full disk
-            raise InputError(f"--weights {spec} can't be fetched ({first_line(error)}): download {weights.url} into "
-                             f"{torch.hub.get_dir()}/checkpoints, or anywhere and give --weights PATH") from None
+        except (OSError, RuntimeError) as error:  # network or disk; a wrong hash
+            raise InputError(f"--weights {spec} can't be fetched ({error}): download "
+                             f"{weights.url} and give --weights PATH, or try --demo") from None
     if not os.path.isfile(spec):
-        names = ", ".join(member.name for member in ResNet50_Weights)
-        raise InputError(f"--weights '{spec}' is no file, nor one of {names}, none")
-    return load_tensors(Path(spec), f"--weights '{spec}'", "a state dict, as torch.save(model.state_dict(), PATH) writes it",
-                        "fetch or save it again")
+        raise InputError(f"--weights '{spec}' is no file, nor one of "
+                         f"{', '.join(ResNet50_Weights.__members__)}, none")
+    state = load_tensors(Path(spec))
+    for wrapper in ("model", "state_dict"):  # checkpoints of this script and of many others
+        state = state.get(wrapper, state) if isinstance(state, dict) else {}
+    return {str(name): value for name, value in state.items()}
 
 
-def load_tensors(file: Path, name: str, expected: str, advice: str):
-    """What torch.save wrote into a file, if that is tensors and plain values. No code in it is run. Raises InputError: the
-    file can't be read, is damaged, holds code, or is something else than the `expected`."""
-    try:
-        with open(file, "rb") as stream:
-            if zipfile.is_zipfile(stream) and (part := zipfile.ZipFile(stream).testzip()):  # torch doesn't check
-                raise InputError(f"{name} is damaged (in its part {part!r}): {advice}")
-            stream.seek(0)
-            return torch.load(stream, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"{name} can't be read ({error.strerror or error}): {advice}") from None
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # what torch says here is how to load a file unsafely
-        code = re.search(r"Unsupported (?:global|class)\S*(?: GLOBAL)? (\S+)", str(error))
-        if code:
-            raise InputError(f"{name} holds code ({code[1]}), not only tensors and plain values: it was refused and "
-                             f"nothing of it was run. Expected: {expected}") from None
-        raise InputError(f"{name} is not {expected}, or a damaged one: {advice}") from None
-
-
-def build_network(spec: str, classes: int) -> nn.Module:
-    """A torchvision ResNet50 with the weights of `spec` and, whatever its last layer was, a new one for `classes`, which
-    starts from small random numbers (uniform within 1 / sqrt(2048) = 0.022 on either side of 0). Raises InputError: the weights
-    can't be had, or are another network's."""
-    network = resnet50(weights=None)
-    if spec != "none":
-        load_backbone(network, initial_state(spec), spec)
-    network.fc = nn.Linear(network.fc.in_features, classes)
-    return network
-
-
-def small_cnn(classes: int) -> nn.Module:
-    """What --from-scratch trains: five blocks of convolution, BatchNorm, ReLU and pooling, with 3 -> 16 -> ... -> 256 channels."""
-    network = nn.Sequential()
-    for block, (before, after) in enumerate([(3, 16), (16, 32), (32, 64), (64, 128), (128, 256)], 1):
-        network.add_module(f"block{block}", nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after),
-                                                          nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)))
+def build_small_cnn(classes: int) -> nn.Module:
+    """What --from-scratch trains: five blocks of convolution, BatchNorm, ReLU and pooling."""
+    network, channels = nn.Sequential(), (3, 16, 32, 64, 128, 256)
+    for block in range(1, 6):
+        network.add_module(f"block{block}", nn.Sequential(
+            nn.Conv2d(channels[block - 1], channels[block], 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels[block]), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)))
     network.avgpool, network.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(256, classes)
     return network
 
 
-def load_backbone(network: nn.Module, state, spec: str) -> None:
-    """Give the network all of a state dict but fc, which is replaced. Raises InputError: with what differs, if it is no
-    state dict, or another network's."""
-    for wrapper in ("model", "state_dict"):  # checkpoints of this script and of many others
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, torch.Tensor)
-                                              for key, value in state.items()):
-        raise InputError(f"--weights '{spec}' holds no state dict (names and tensors) but a {type(state).__name__}: save "
-                         "one with torch.save(model.state_dict(), PATH)")
-    given, needed = ({name: value for name, value in tensors.items()
-                      if not name.startswith("fc.") and not name.endswith("num_batches_tracked")}
-                     for tensors in (state, network.state_dict()))
-    if given.keys() != needed.keys():
-        raise InputError(f"--weights '{spec}' is not of a ResNet50: "
-                         f"{differences(given, needed, 'the file', 'ResNet50')}")
-    try:
-        network.load_state_dict(given, strict=False)
-    except RuntimeError as error:  # a size that differs, after a headline
-        raise InputError(f"--weights '{spec}' is not of a ResNet50: {str(error).splitlines()[1].strip()}") from None
-
-
 class FineTuned(nn.Module):
-    """A network cut in three: a trunk that is frozen, a backbone that learns slowly, a head that learns fast.
+    """A network in three parts: a trunk that is frozen, a backbone that learns, a head (fc).
 
-    Frozen means more than "no gradients": BatchNorm in train mode goes on averaging the statistics of every batch. The
-    trunk is a copy in which each BatchNorm, held as it is, is folded into the convolution before it. With
-    `hold_batchnorm` the backbone's BatchNorm layers keep ImageNet's statistics too, and learn scale and shift only.
-    """
+    Frozen means more than "no gradients": in train mode BatchNorm goes on averaging the statistics
+    of every batch. The trunk is a copy in eval mode, BatchNorm folded into its convolutions. With
+    `hold_batchnorm` the backbone's BatchNorm keeps its statistics, too; all its weights learn."""
 
-    def __init__(self, network: nn.Module, freeze: int, precision: torch.dtype = torch.float32,
-                 hold_batchnorm: bool = False):
+    def __init__(self, network: nn.Module, freeze: int, device: torch.device,
+                 precision: torch.dtype = torch.float32, hold_batchnorm: bool = False):
         super().__init__()
-        self.network = network  # the same layers under torchvision's names, for checkpoints
+        # Channels-last is fastest (2 AVX2 cores, forward: 10.3 photos/s against 7.1); but on
+        # Apple's GPUs BatchNorm gets wrong gradients in it (pytorch#175189).
+        self.layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+        self.network = network.to(device, memory_format=self.layout)  # for checkpoints
         *children, self.head = network.children()
         frozen = nn.Sequential(*children[:freeze]).requires_grad_(False).eval()
-        self.trunk = fuse(frozen).to(precision).to(memory_format=layout(self.device))
+        self.trunk = fuse(frozen).to(precision).to(memory_format=self.layout)
         self.backbone = nn.Sequential(*children[freeze:])
         self.precision, self.hold_batchnorm = precision, hold_batchnorm
-        self.mean, self.std = (torch.tensor(rgb, device=self.device).view(3, 1, 1) for rgb in (MEAN, STD))
-
-    @property
-    def device(self) -> torch.device:
-        return self.head.weight.device
+        self.device = device
+        self.mean, self.std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
 
     def train(self, mode: bool = True):
-        super().train(False)
+        super().train(False)  # frozen layers stay in eval mode, whatever happens
         self.backbone.train(mode and not self.hold_batchnorm)
         return self
 
     @torch.no_grad()
     def maps(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What the trunk makes of photos: uint8 (batch, size, size, 3) -> (batch, 512, size / 8, size / 8), if it is
-        six children long. Scaled with ImageNet's mean and deviation first."""
+        """Pixels, uint8 (batch, size, size, 3) -> the trunk's feature maps (batch, side, side,
+        channels); after layer2 side is size / 8, with 512 channels."""
         images = (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-        return self.trunk(images.to(self.precision, memory_format=layout(self.device)))
+        images = images.to(self.precision, memory_format=self.layout)
+        return self.trunk(images).permute(0, 2, 3, 1)
 
     def features(self, maps: torch.Tensor) -> torch.Tensor:
-        """The trunk's maps -> what the head sees of a photo, float32 (batch, features): 2048 numbers in a ResNet50."""
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+        """Maps (batch, channels, side, side) -> what the head sees, float32 (batch, 2048)."""
+        mixed = self.precision != torch.float32
+        with torch.autocast(self.device.type, self.precision, enabled=mixed):
             return self.backbone(maps).flatten(1).float()
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        """The trunk's maps -> logits, float32 (batch, classes)."""
+        """Maps (batch, channels, side, side) -> logits, float32 (batch, classes)."""
         return self.head(self.features(maps))
 
 
-# -- Batches: photos as the trunk's maps of them, cropped in training -------------------------------------------------
+# -- Feature maps, once a photo, and batches of their crops ----------------------------------------
 
-class Photos:
-    """Photos ready for the network: as pixels or, once these have been kept, as the trunk's maps of them.
-
-    Args:
-        pixels: the decoded photos of a folder.
-        rows: which of these the photos are, int64 (photos,).
-        labels: int64 (photos,).
-        files: where they come from.
-    """
-
-    def __init__(self, model: FineTuned, pixels: Store, rows: torch.Tensor, labels: torch.Tensor, files: Sequence[Path] = ()):
-        self.model, self.pixels, self.rows, self.labels, self.files = model, pixels, rows, send(labels, model.device), files
-        self.kept: Store | torch.Tensor | None = None  # maps of all photos, or their pixels on the GPU
-
-    def checksums(self) -> list[int]:
-        """CRC-32 of each photo's pixels: what tells whether the network still learns from the same."""
-        return [zlib.crc32(photo) for some in self.rows.split(256) for photo in self.pixels[some].numpy()]
-
-    def look(self, which: torch.Tensor, places: torch.Tensor | None = None, mirrored: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """The trunk's maps (views, channels, side, side) of these photos and their labels, on the device.
-
-        Args:
-            which: int64 (views,).
-            places: where the crop of each lies, float32 (views, 2), as in `cut`; None for whole photos.
-            mirrored: left and right exchanged.
-        """
-        device = self.model.device
-        on_device = send(which, device)
-        if mirrored or self.kept is None:
-            seen = self.pixels[self.rows[which]]
-            seen = seen.flip(2) if mirrored else seen
-        else:
-            seen = self.kept[which if isinstance(self.kept, Store) else on_device]
-        seen = send(seen if places is None else cut(seen, places), device)
-        if seen.dtype == torch.uint8:
-            return self.model.maps(seen), self.labels[on_device]
-        return seen.permute(0, 3, 1, 2).contiguous(memory_format=layout(device)), self.labels[on_device]
-
-    def keep(self, freeze: int, limit: float, earlier: str = "") -> str:
-        """Keep what each step would do again, if there is room: in a GPU's memory (a quarter of what is free) the trunk's
-        maps of the photos, or else their pixels; elsewhere the maps, in a store (half of what is free on the disk).
-
-        Args:
-            limit: the most that a store of maps may take, in GB.
-            earlier: what became of it when a run that is resumed began; it stays so, whatever room there is now.
-
-        Returns:
-            What became of it, in words.
-
-        Raises:
-            InputError: the disk is full, or another run has deleted the store meanwhile.
-        """
-        model, everything = self.model, torch.arange(len(self.rows))
-        example = self.look(everything[:1])[0].permute(0, 2, 3, 1)[0]
-        gigabytes, on_gpu = len(everything) * example.nbytes / 1e9, model.device.type == "cuda"
-        room = torch.cuda.mem_get_info()[0] / 4e9 if on_gpu else 0.0
-        stepwise = freeze < 5 or earlier.startswith("computed in every step")  # too short a trunk to be worth it; or as it began
-        if on_gpu and not stepwise and not any(wished(gigabytes >= room)):
-            self.kept = torch.cat([self.look(some)[0].permute(0, 2, 3, 1) for some in everything.split(32)])
-            return f"computed once, {gigabytes:.1f} GB of maps on the GPU"
-        if stepwise or on_gpu and not earlier:
-            if len(everything) * self.pixels.row_bytes / 1e9 < room:
-                self.kept = torch.cat([send(self.pixels[rows], model.device) for rows in self.rows.split(256)])
-            return earlier or "computed in every step"
-        if gigabytes > limit and not earlier:
-            return f"computed in every step (its maps would take {gigabytes:.1f} GB, see --cache-gb)"
-
-        trunk = b"".join(value.float().cpu().numpy().tobytes() for value in model.trunk.state_dict().values())
-        facts = (self.pixels.file.name, self.rows.tolist(), hashlib.sha256(trunk).hexdigest(), freeze, model.device.type,
-                 torch.__version__)
-        maps = Store(self.pixels.file.parent, self.pixels.name.replace("pixels", "maps"), facts, len(everything),
-                     example.shape, example.dtype)
-        lacking = int(maps.missing(everything).sum()) * example.nbytes
-        full = lacking > shutil.disk_usage(maps.file.parent).free / 2
-        if any(wished(full)) and not earlier:  # on any machine
-            return f"computed in every step (its maps would take {gigabytes:.1f} GB, and the disk of --cache is too full)"
-        mine = everything[LOCAL_RANK::LOCAL_PROCESSES]
-        for some in in_steps("Trunk maps", mine[maps.missing(mine)], 32):
-            maps.write(some, self.look(some)[0].permute(0, 2, 3, 1).cpu())
-        maps.check(everything)
-        self.kept = maps
-        return f"computed once, {gigabytes:.1f} GB of maps"
+def feature_maps(model: FineTuned, photos: Photos, which: torch.Tensor) -> torch.Tensor:
+    """The trunk's maps of the photos at positions `which`, int64 (batch,), cached or computed now:
+    (batch, side, side, channels), on the model's device."""
+    if photos.maps is None:
+        pixels = photos.pixels[photos.rows[which]]
+        return model.maps(send(pixels.flip(2) if photos.mirrored else pixels, model.device))
+    if isinstance(photos.maps, Cache):
+        return send(photos.maps[photos.rows[which]], model.device)
+    return photos.maps[send(which, model.device)]
 
 
-def cut(photos: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """A square of each photo or trunk map, CROP times as high and wide but not of a single place, whose gradients oneDNN gets wrong
-    in bfloat16 (a 3 x 3 convolution of stride 2): (views, side, side, channels) -> the same.
+def cache_maps(model: FineTuned, parts: list[Photos]) -> str:
+    """Compute the maps of these parts of a folder once, if there is room: in half of what is free
+    on the disk and, with an NVIDIA GPU, in a quarter of its free memory. Otherwise each step
+    computes them again, with the same result. Returns what became of it, for the screen."""
+    weights = [zlib.crc32(value.float().cpu().numpy().tobytes())
+               for value in model.trunk.state_dict().values()]
+    if not weights:
+        return "nothing is frozen"
+    pixels, rows = parts[0].pixels, torch.cat([part.rows for part in parts])
+    example = feature_maps(model, parts[0], torch.arange(1))[0]
+    name = fingerprint(pixels.name, weights, example.shape, example.dtype, model.device.type)
+    maps = Cache(pixels.folder, pixels.key, f"maps-{name}", pixels.file_shape[0], example.shape,
+                 example.dtype)
+    size = len(rows) * example.nbytes
+    disk_full = len(maps.missing(rows)) * example.nbytes > shutil.disk_usage(maps.folder).free / 2
+    on_gpu = model.device.type == "cuda"
+    no_room = disk_full or (on_gpu and size > torch.cuda.mem_get_info()[0] / 4)
+    if summed(torch.tensor(int(no_room))):  # in any process
+        return f"computed again in each step, as there is no room for {size / 1e9:.1f} GB of maps"
+    maps.fill(rows, "Trunk maps", 32,
+              lambda some: model.maps(send(pixels[some], model.device)).cpu())
+    for part in parts:
+        part.maps = maps[part.rows].to(model.device) if on_gpu else maps
+    return f"computed once, {size / 1e9:.2f} GB of maps"
 
-    The trunk has stride 8, so that a crop of its map is close to the map of a crop of the photo; near its edges it has seen more.
 
-    Args:
-        places: float32 (views, 2), from 0 (at the top, on the left) to 1.
-    """
-    side = photos.shape[1]
-    kept = max(min(2, side), round(CROP * side))
-    corners = (places * (side - kept + 1)).long()
-    rows, columns = send(corners[:, :, None] + torch.arange(kept), photos.device).unbind(1)  # (views, kept)
-    views = send(torch.arange(len(photos)), photos.device)
-    return photos[views[:, None, None], rows[:, :, None], columns[:, None, :]]
+def crop(maps: torch.Tensor, offsets: torch.Tensor, width: float) -> torch.Tensor:
+    """A square of each map, `width` times as wide: (batch, side, side, channels) -> (batch, kept,
+    kept, channels). `offsets`, float32 (batch, 2) in [0, 1), say how far down and to the right. But
+    for its edges it is the map of a crop of the photo. (A mirrored map is not that of a mirrored
+    photo: the trunk's filters know left from right.)"""
+    batch, side = maps.shape[:2]
+    kept = round(width * side)
+    first = (offsets * (side - kept + 1)).long()
+    rows, columns = send(first[:, :, None] + torch.arange(kept), maps.device).unbind(1)
+    index = send(torch.arange(batch), maps.device)
+    return maps[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def draw_epoch(count: int, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """An order of so many photos, int64, and a place for the crop of each. They depend on seed and epoch alone, so that
-    several processes agree without talking."""
+    """An order of so many photos, int64 (count,), and offsets of their crops, float32 (count, 2).
+    They depend on seed and epoch alone, so that all processes and a resumed run agree."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator), torch.rand(count, 2, generator=generator)
 
 
-def steps_of(count: int, batch_size: int) -> tuple[torch.Tensor, ...]:
-    """Which of so many photos are in which step: at most `batch_size`, all of nearly the same size (65 make 33 + 32 rather
-    than 64 + 1: one photo alone is a poor gradient, and no BatchNorm statistics)."""
-    return torch.arange(count).tensor_split(math.ceil(count / batch_size))
+def batches(model: FineTuned, photos: Photos, batch_size: int, title: str,
+            order: torch.Tensor | None = None, offsets: torch.Tensor | None = None,
+            width: float = 1.0):
+    """Go through the photos once, in `order` (positions, int64), cropped by `crop` if width is not
+    1. Yields this process's share of a step, on the device: maps (batch, channels, side, side) and
+    labels (batch,); and the size of the whole step."""
+    positions = torch.arange(len(photos.rows))
+    order = positions if order is None else order
+    steps = positions.tensor_split(math.ceil(len(order) / batch_size))  # 65: 33 + 32, not 64 + 1
+    for step in tqdm(steps, title, unit="step", leave=False, disable=QUIET):
+        mine = step[RANK::WORLD_SIZE]
+        maps = feature_maps(model, photos, order[mine])
+        maps = maps if width == 1 else crop(maps, offsets[mine], width)
+        maps = maps.permute(0, 3, 1, 2).contiguous(memory_format=model.layout)
+        yield maps, send(photos.labels[order[mine]], model.device), len(step)
 
 
-def batches(photos: Photos, which: torch.Tensor, batch_size: int, title: str, places: torch.Tensor | None = None, done: int = 0,
-            mirrored: bool = False):
-    """Go once through these photos in their order, in steps.
+# -- Optimiser and epochs: a fast head, a slow backbone --------------------------------------------
 
-    Args:
-        which, places, mirrored: as in `Photos.look`.
-        title: what the progress bar says, where standard error is a terminal.
-        done: how many steps to leave out at the start.
-
-    Yields:
-        This process's share of a step, maps and labels as `Photos.look` gives them, and the size of the whole step.
-    """
-    steps = steps_of(len(which), batch_size)
-    for step in tqdm(steps[done:], title, len(steps), initial=done, unit="step", leave=False, disable=QUIET):
-        mine = step[RANK::PROCESSES]
-        yield *photos.look(which[mine], None if places is None else places[mine], mirrored), len(step)
+def build_optimizer(model: FineTuned, lr_head: float, lr_backbone: float) -> torch.optim.Adam:
+    """Adam over exactly the parameters that learn, in two groups: first the head's, then the
+    backbone's. A schedule multiplies `initial_lr`."""
+    groups = ((model.head, lr_head), (model.backbone, lr_backbone))
+    return torch.optim.Adam([{"params": list(layers.parameters()), "lr": rate, "initial_lr": rate}
+                             for layers, rate in groups], fused=True)
 
 
-# -- The optimiser: a fast head, a slow backbone ----------------------------------------------------------------------
+def warmup_cosine(step: int, steps: int) -> float:
+    """What the learning rates are multiplied with in step number `step`, from 0: it rises to 1 in
+    the first WARMUP of the steps, then falls to 0 along a cosine (SGDR, Loshchilov and Hutter)."""
+    rising = (step + 1) / (WARMUP * steps + 1)
+    falling = (1 + math.cos(math.pi * max(0, step / steps - WARMUP) / (1 - WARMUP))) / 2
+    return min(rising, falling)
 
-def build_optimizer(model: FineTuned, lr_head: float, lr_backbone: float) -> torch.optim.Optimizer:
-    """Adam over exactly the parameters that learn, in two groups: the head's and the backbone's."""
-    return torch.optim.Adam([{"params": list(part.parameters()), "lr": rate, "initial_lr": rate}
-                             for part, rate in ((model.head, lr_head), (model.backbone, lr_backbone))], fused=True)
-
-
-def rise_and_fall(step: int, steps: int) -> float:
-    """The part of the learning rates that step number `step` (from 0) of `steps` is made with: it rises to 1 in the first
-    WARM_UP of them, then falls to 0 along a cosine (Loshchilov and Hutter, SGDR, ICLR 2017)."""
-    risen = (step + 1) / (WARM_UP * steps + 1)
-    return min(risen, (1 + math.cos(math.pi * max(0, step / steps - WARM_UP) / (1 - WARM_UP))) / 2)
-
-
-# -- Epochs -----------------------------------------------------------------------------------------------------------
 
 def loss_and_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-    """Mean cross-entropy, and the part of the photos whose largest logit is their label's."""
-    return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()
+    """Mean cross-entropy, and the fraction of photos whose largest logit is their label's."""
+    correct = (logits.argmax(1) == labels).double().mean()
+    return F.cross_entropy(logits, labels).item(), correct.item()
 
 
 @torch.no_grad()
-def predict(model: FineTuned, loader, layers=None) -> torch.Tensor:
-    """What the network, or only its `layers`, makes of every photo: float32 (photos, classes or features), on the CPU."""
+def predict(model: FineTuned, photos: Photos, batch_size: int, title: str,
+            layers=None) -> torch.Tensor:
+    """Logits of uncropped photos, or what `layers` give: float32 (photos, classes or features)."""
     model.eval()
-    steps = []
-    for maps, _, count in loader:
-        if any(wished(bool(ASKED))):
-            raise Stopped
-        mine = (layers or model)(maps)
-        steps.append(mine.new_zeros(count, mine.shape[1]))
-        steps[-1][RANK::PROCESSES] = mine
-    return summed(torch.cat(steps)).cpu()
+    outputs = []
+    for maps, _, count in batches(model, photos, batch_size, title):
+        output = (layers or model)(maps)
+        outputs.append(output.new_zeros(count, output.shape[1]))  # 0: what other processes add
+        outputs[-1][RANK::WORLD_SIZE] = output
+    return summed(torch.cat(outputs)).cpu()
 
 
-def temperature_of(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """What to divide logits by, so that a confidence of 80 % is right four times of five: what gives these photos, which the network
-    has not learnt from, the lowest loss (Guo et al., On Calibration of Modern Neural Networks, ICML 2017). From 0.1 to 10; the second
-    term keeps it near 1 if the photos are few (30 of them say less than the logits as they are)."""
-    candidates = torch.logspace(-1, 1, 401)
-    losses = [F.cross_entropy(logits / each, labels) + 10 * each.log().square() / len(labels) for each in candidates]
-    return candidates[torch.stack(losses).argmin()].item()
-
-
-def spread_of(features: torch.Tensor) -> torch.Tensor:
-    """What logistic regression divides these centred features (photos, features) by: the geometric mean of each one's deviation and
-    of that of all. So PENALTY means the same for any network, and what varies little counts for more, but not for as much as the rest."""
-    overall = features.std()
-    return (overall * (features.std(0) + overall / 1000)).sqrt()
-
-
-def probe(model: FineTuned, loaders, labels: torch.Tensor) -> tuple[float, float]:
-    """Start the head where logistic regression on the features of the network as it is ends. From noise it would first send
-    large gradients into good layers (Kumar et al., Fine-Tuning can Distort Pretrained Features, ICLR 2022).
-
-    Args:
-        loaders: one or more, each of all training photos in the same order: as they are, mirrored.
-        labels: the photos', int64 (photos,), on the CPU.
-
-    Returns:
-        Mean loss and accuracy of the first loader's photos, then.
-
-    Raises:
-        InputError: the features can't be told apart.
-    """
-    features = torch.cat([predict(model, loader, model.features) for loader in loaders])  # (loaders * photos, 2048)
-    count, labels = len(labels), labels.repeat(len(loaders))
-    centre = features.mean(0)
-    spread = spread_of(features.sub_(centre))
-    if not (0 < spread.min() and spread.max() < math.inf):
-        raise InputError("the network makes no finite numbers of the training photos, or the same of all: check --weights, or "
-                         "try --amp off")
-    features.div_(spread)
+def fit_head(model: FineTuned, train: Photos, batch_size: int) -> tuple[float, float]:
+    """Epoch 0: set fc to the logistic regression fitted on the features of the training photos and
+    their mirror images. From noise it would first send large gradients into good layers (Kumar et
+    al., Fine-Tuning can Distort Pretrained Features, ICLR 2022). Its loss and accuracy."""
+    mirrored = replace(train, maps=None, mirrored=True)
+    features = torch.cat([predict(model, photos, batch_size, "features", model.features)
+                          for photos in (train, mirrored)])  # (2 * photos, 2048)
+    labels, mean = train.labels.repeat(2), features.mean(0)
+    overall = features.sub_(mean).std()  # of all features, centred from here on
+    scale = (overall * (features.std(0) + overall / 1000)).sqrt()  # geometric mean: overall, own
+    if not (scale.min() > 0 and scale.max() < math.inf):
+        raise InputError("the network gives no finite features, or the same for all photos: "
+                         "check --weights, or try --amp off")
+    features.div_(scale)
     head = nn.Linear(features.shape[1], model.head.out_features)
-    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
@@ -936,870 +613,487 @@ def probe(model: FineTuned, loaders, labels: torch.Tensor) -> tuple[float, float
 
     optimizer.step(closure)
     with torch.no_grad():
-        model.head.weight.copy_(head.weight / spread)
-        model.head.bias.copy_(head.bias - head.weight @ (centre / spread))
-        return loss_and_accuracy(head(features[:count]), labels[:count])
+        model.head.weight.copy_(head.weight / scale)
+        model.head.bias.copy_(head.bias - head.weight @ (mean / scale))
+        return loss_and_accuracy(head(features[:len(train.labels)]), train.labels)
 
 
-def train_epoch(model: nn.Module, loader, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, shares,
-                totals: torch.Tensor, after_step=lambda losses: None) -> None:
-    """One pass over the training photos.
-
-    Args:
-        shares: of the learning rates, one a step.
-        totals: float32 (2,), to which this adds the sum of the photos' losses and how many were recognised, as they were when the
-            network met them (it learns meanwhile, so they lag behind what it can do at the end of the epoch).
-        after_step: is called after each step, with the loss of each of its photos.
-    """
-    model.train()
-    for (maps, labels, count), share in zip(loader, shares, strict=True):
+def train_epoch(learner: nn.Module, loader, optimizer: torch.optim.Optimizer,
+                scaler: torch.amp.GradScaler, factors: list[float]) -> tuple[float, float]:
+    """One pass over the training photos, in steps as `batches` yields them, each with a factor for
+    the learning rates. Mean loss and accuracy over the epoch, during which the network learns."""
+    learner.train()
+    totals, seen = 0, 0
+    for (maps, labels, count), factor in zip(loader, factors, strict=True):
         for group in optimizer.param_groups:
-            group["lr"] = share * group["initial_lr"]
-        logits = model(maps)
+            group["lr"] = factor * group["initial_lr"]
+        logits = learner(maps)
         losses = F.cross_entropy(logits, labels, reduction="none")
         optimizer.zero_grad()
-        scaler.scale(losses.sum() / count * PROCESSES).backward()  # of several processes DDP takes the mean
+        scaler.scale(losses.sum() / count * WORLD_SIZE).backward()  # DDP averages over processes
         scaler.step(optimizer)
         scaler.update()
         totals += torch.stack([losses.detach().sum(), (logits.argmax(1) == labels).sum()])
-        after_step(losses.detach())
+        seen += count
+    loss, correct = summed(totals).tolist()
+    return loss / seen, correct / seen
 
 
-# -- The test ---------------------------------------------------------------------------------------------------------
+def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """What to divide logits by, so that of photos with 80 % confidence about 80 % are correct (Guo
+    et al., ICML 2017). From 0.1 to 10; the second term keeps it near 1 if the photos are few."""
+    candidates = torch.logspace(-1, 1, 401)
+    losses = [F.cross_entropy(logits / each, labels) + 10 * each.log().square() / len(labels)
+              for each in candidates]
+    return candidates[torch.stack(losses).argmin()].item()
+
+
+def best_epoch(history: list[dict]) -> int:
+    """The epoch with the highest validation accuracy; of equal ones, that of the lowest loss."""
+    return max(history, key=lambda row: (row["val_acc"], -row["val_loss"]))["epoch"]
+
+
+# -- The job ---------------------------------------------------------------------------------------
+
+def fine_tune(args: argparse.Namespace) -> None:
+    """Photos, network, feature maps, epochs, test."""
+    resumed = {}
+    if args.resume:
+        resumed = from_rank_0(load_checkpoint, args.resume / "last.pt", "optimizer")
+        vars(args).update(resumed["options"] | args.typed)
+    recipe = RECIPES[args.recipe]
+
+    # Which photos there are, and which part each is in
+    if args.download:
+        from_rank_0(disk.download, args.data)
+    if args.demo:
+        from_rank_0(disk.draw_demo, args.data)
+    manifest = resumed.get("split") or (disk.read_manifest(args.split) if args.split else None)
+    split = disk.load_split(args, manifest, f"split '{args.resume or args.split}'")
+    classes = split.manifest["classes"]
+
+    # The network: a frozen trunk, a backbone that learns slowly, a new head
+    device = pick_device(args.device)
+    precision = pick_precision(args.amp, device)
+    torch.manual_seed(args.seed)  # of random weights
+    network = build_small_cnn(len(classes)) if args.from_scratch else build_resnet50(
+        len(classes), "none" if resumed else args.weights)
+    if resumed:
+        network.load_state_dict(resumed["model"])
+    model = FineTuned(network, args.freeze, device, precision, recipe.hold_batchnorm)
+    learner = data_parallel(model)
+
+    with run_folder(args) as (run, cache):
+        print_banner(args, split.parts, model)
+
+        # Photos -> pixels -> feature maps
+        photos, damaged = load_photos(split.parts, split.files, cache, args.image_size,
+                                      recipe.border, args.workers)
+        train, val, test = photos["train"], photos["val"], photos["test"]
+        if RANK == 0:
+            disk.report_same_photos(split.parts, args.data, run)
+        if damaged and RANK == 0:
+            print(f"LEFT OUT    {len(damaged)} damaged photos, see {run / 'damaged.csv'}")
+            write_csv(run / "damaged.csv", [{"path": str(file), "problem": words}
+                                            for file, words in damaged.items()])
+        print(f"Trunk       {cache_maps(model, [train, val])}")
+
+        # The optimiser; a resumed run goes on where it was
+        optimizer = build_optimizer(model, args.lr_head, args.lr_backbone)
+        scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+        facts = describe_run(args, split.manifest, train.checksums() | val.checksums())
+        history = resumed.get("history", [])
+        if resumed:
+            check_unchanged(resumed, facts)
+            optimizer.load_state_dict(resumed["optimizer"])
+            scaler.load_state_dict(resumed["scaler"] or scaler.state_dict())  # {}: not float16
+
+        print("\nEpoch | Train Loss | Train Acc | Val Loss | Val Acc", *(
+            ROW.format(**row) for row in history), sep="\n")
+        begin = 0 if recipe.fit_head else 1  # epoch 0 fits fc alone
+        first = history[-1]["epoch"] + 1 if history else begin
+        steps = math.ceil(len(train.rows) / args.batch_size)  # as many as `batches` makes
+        for epoch in range(first, args.epochs + 1):
+            start = time.perf_counter()
+            if epoch == 0:
+                train_loss, train_acc = fit_head(model, train, args.batch_size)
+            else:
+                order, offsets = draw_epoch(len(train.rows), args.seed, epoch)
+                loader = batches(model, train, args.batch_size, f"epoch {epoch}/{args.epochs}",
+                                 order, offsets, recipe.crop)
+                factors = [warmup_cosine(step, steps * args.epochs) if recipe.cosine else 1.0
+                           for step in range(steps * (epoch - 1), steps * epoch)]
+                train_loss, train_acc = train_epoch(learner, loader, optimizer, scaler, factors)
+            trained = time.perf_counter()
+            val_logits = predict(model, val, args.batch_size, "validation")
+            val_loss, val_acc = loss_and_accuracy(val_logits, val.labels)
+            rates = [group["lr"] if epoch else 0.0 for group in optimizer.param_groups]
+            history.append({
+                "epoch": epoch, "train_loss": train_loss, "train_acc": train_acc,
+                "val_loss": val_loss, "val_acc": val_acc, "lr_head": rates[0],
+                "lr_backbone": rates[1], "seconds": time.perf_counter() - start,
+                "images_per_second": len(train.rows) / (trained - start)})
+            if not math.isfinite(train_loss + val_loss):
+                raise InputError(f"the loss of epoch {epoch} is not finite, with --lr-head "
+                                 f"{args.lr_head} and --lr-backbone {args.lr_backbone}: start "
+                                 "another run with lower ones, or with --amp off")
+
+            if RANK == 0:
+                temperature = fit_temperature(val_logits, val.labels) if recipe.calibrate else 1.0
+                checkpoint = facts | {"epoch": epoch, "temperature": temperature, "model": {
+                    name: value.cpu() for name, value in network.state_dict().items()}}
+                if best_epoch(history) == epoch:
+                    save_checkpoint(run / "best.pt", checkpoint)
+                write_csv(run / "history.csv", history)
+                write_json(run / "split.json", split.manifest)
+                write_json(run / "config.json", facts | {  # for people
+                    "split": "split.json", "checksums": "last.pt", "device": str(device),
+                    "precision": str(precision)})
+                save_checkpoint(run / "last.pt", checkpoint | {  # last, as it counts on the others
+                    "history": history, "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict()})
+            print(ROW.format(**history[-1]), flush=True)
+
+        # The test: once, of the best epoch
+        best = from_rank_0(load_checkpoint, run / "best.pt")
+        network.load_state_dict(best["model"])
+        score(model, test, best, args, history)
+
+
+# -- What serves the job: several processes, files, the test, use, pictures ------------------------
+
+def data_parallel(model: FineTuned) -> nn.Module:
+    """The model as one process or several train it. Raises InputError: several can't."""
+    if WORLD_SIZE == 1:
+        return model
+    if not model.hold_batchnorm:
+        if model.device.type == "cpu":
+            raise InputError("this recipe learns BatchNorm's statistics, which CPU processes can't "
+                             "share: use one process")
+        nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+
+@contextmanager
+def run_folder(args: argparse.Namespace):
+    """The folders of the run and of its cache. An interrupted run says how to go on."""
+    run = args.out = from_rank_0(disk.claim_folder, args.resume or args.out,
+                                 ("last.pt", "test.json"), bool(args.resume))
+    cache = run / ".cache-of-this-run" if str(args.cache) == "none" else Path(args.cache)
+    try:
+        disk.refuse_inside_photos(args.data, run, cache)
+        yield run, cache
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise InputError(f"out of memory ({error}): free memory that other programs hold, or start "
+                         "another run with a smaller --batch-size") from None
+    except KeyboardInterrupt:
+        start = f"torchrun --nproc-per-node={LOCAL_WORLD_SIZE}" if WORLD_SIZE > 1 else "python"
+        command = f"{start} {disk.quoted(sys.argv[0])} --resume {disk.quoted(str(run))}"
+        raise KeyboardInterrupt(f"go on with: {command}" if (run / "last.pt").exists() else
+                                "nothing was kept, type the command again") from None
+    finally:
+        if str(args.cache) == "none":
+            shutil.rmtree(cache, ignore_errors=True)
+        if RANK == 0 and run.is_dir() and not any(run.iterdir()):
+            run.rmdir()
+
+
+def print_banner(args: argparse.Namespace, parts: dict[str, list], model: FineTuned) -> None:
+    learning, frozen = (sum(parameter.numel() for parameter in model.network.parameters()
+                            if parameter.requires_grad == learns) for learns in (True, False))
+    print(f"Photos      {', '.join(f'{len(pairs):,} {part}' for part, pairs in parts.items())} "
+          f"({args.data}, --fraction {args.fraction:g})")
+    if unread := disk.unread_part(args.data):
+        print(f"Note        '{unread}' is not read: test photos belong in val/")
+    print(f"Network     {'small CNN' if args.from_scratch else 'ResNet50'} ({args.weights}): "
+          f"{learning:,} parameters learn, {frozen:,} are frozen\n"
+          f"Machine     {model.device}, {str(model.precision)[6:]}, {torch.get_num_threads()} "
+          f"threads, processes: {WORLD_SIZE}\nResults     {args.out}", flush=True)
+
+
+def describe_run(args: argparse.Namespace, manifest: dict, checksums: dict[str, int]) -> dict:
+    """What a checkpoint holds besides the network and its results."""
+    left_out = {"typed", "out", "demo", "download", "workers", "resume", "evaluate", "predict"}
+    return {"format": CHECKPOINT_FORMAT, "classes": manifest["classes"], "split": manifest,
+            "architecture": "small_cnn" if args.from_scratch else "resnet50",
+            "checksums": checksums,
+            "options": {name: str(value) if isinstance(value, Path) else value
+                        for name, value in vars(args).items() if name not in left_out},
+            "preprocessing": {"image_size": args.image_size, "interpolation": "bilinear",
+                              "border": RECIPES[args.recipe].border, "mean": MEAN, "std": STD},
+            "versions": {"torch": str(torch.__version__), "pillow": PIL.__version__}}
+
+
+def check_unchanged(before: dict, now: dict) -> None:
+    """Raise InputError unless a resumed run learns from the pixels that it began with."""
+    if differ := dict(before["checksums"].items() ^ now["checksums"].items()):
+        raise InputError(f"{len(differ)} photos are not as when the run began, '{min(differ)}' for "
+                         "one: put them back, or start another run. (Pillow, which decodes them, "
+                         f"was {before['versions']['pillow']} then, and is {PIL.__version__} now)")
+
+
+def save_checkpoint(file: Path, checkpoint: dict) -> None:
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    write_whole(file, content.getbuffer())
+
+
+def load_tensors(file: Path):
+    """What torch.save wrote, if that is tensors and plain values; no code in it is run. Raises
+    InputError: the file can't be read, is damaged, or holds something else."""
+    with disk.disk_errors(f"'{file}' can't be read"):
+        content = io.BytesIO(file.read_bytes())
+    try:
+        damaged = zipfile.is_zipfile(content) and zipfile.ZipFile(content).testzip()  # by CRC
+        content.seek(0)
+        if not damaged:
+            return torch.load(content, map_location="cpu", weights_only=True)
+        problem = f"is damaged in its part {damaged!r}"
+    except Exception as error:  # torch.load raises any kind for other files
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        problem = f"holds code, {code[1]}, which was not run" if code else "isn't whole, or one"
+    raise InputError(f"'{file}' {problem}: give a file of tensors that torch.save wrote")
+
+
+def load_checkpoint(file: Path, *needed: str) -> dict:
+    """A checkpoint of this script, on the CPU. Raises InputError: it isn't one, or lacks a key."""
+    checkpoint = load_tensors(file)
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if found != CHECKPOINT_FORMAT:
+        raise InputError(f"'{file}' is no checkpoint of this version of Q3.py (format {found}, not "
+                         f"{CHECKPOINT_FORMAT}); if it is a state dict, give it to --weights")
+    if lacking := {"model", "options", "preprocessing", *needed} - checkpoint.keys():
+        raise InputError(f"'{file}' lacks {', '.join(sorted(lacking))}: is it a run's last.pt?")
+    return checkpoint
+
+
+def score(model: FineTuned, photos: Photos, checkpoint: dict, args, history=()) -> None:
+    """Test a checkpoint, which the model has loaded; write test.json, predictions.csv, pictures."""
+    logits = predict(model, photos, args.batch_size, "test")
+    if RANK > 0:
+        return
+    classes, temperature = checkpoint["classes"], checkpoint["temperature"]
+    report = {"epoch": checkpoint["epoch"], "temperature": temperature,
+              **test_report(logits, photos.labels, classes, temperature)}
+    confidence, predicted = (logits / temperature).softmax(1).max(1)
+    write_csv(args.out / "predictions.csv", [
+        {"path": path, "label": classes[label], "predicted": classes[guess],
+         "confidence": f"{share:.6f}"} for path, label, guess, share in zip(
+             photos.paths, photos.labels, predicted, confidence, strict=True)])
+    print_report(report)
+    draw_pictures(args.out, report, photos, confidence, predicted, history)
+    write_json(args.out / "test.json", report)
+    print(f"\nCheckpoints, tables and pictures: {args.out}")
+
 
 def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval that a proportion lies in with 95 % confidence (E. B. Wilson, JASA 1927)."""
-    if not count:
-        return 0.0, 1.0
-    share = correct / count
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    """The 95 % interval of a proportion (E. B. Wilson, JASA 1927)."""
+    count = max(1, count)
+    share, scale = correct / count, 1 + z * z / count
+    centre = (share + z * z / (2 * count)) / scale
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / scale
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = BINS) -> float:
-    """Expected calibration error: how far confidence is from the part that is right, among photos of about the same confidence; the
-    mean over all photos."""
-    confidence, predicted = logits.double().softmax(1).max(1)
-    places = (confidence * bins).long().clamp(0, bins - 1)
-    gaps = torch.zeros(bins).double().index_add(0, places, confidence - (predicted == labels).double())
-    return gaps.abs().sum().item() / len(labels)
-
-
-def test_report(logits: torch.Tensor, labels: torch.Tensor, classes: list[str], temperature: float = 1.0) -> dict:
-    """What goes into test.json. Rows of the confusion matrix are the labels, columns the predictions. The loss is that of the logits
-    as they are, like the losses of history.csv.
-
-    A class that is never predicted has precision 0, and F1 is 0 where precision and recall both are.
-    """
-    predicted = logits.argmax(1)
-    confusion = torch.bincount(labels * len(classes) + predicted, minlength=len(classes) ** 2).view(len(classes), -1)
-    loss, accuracy = loss_and_accuracy(logits, labels)
-    counts = confusion.diag().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist()
-    per_class = {name: {"photos": actual, "precision": hits / max(1, claimed), "recall": hits / max(1, actual),
-                        "recall_interval_95": wilson_interval(hits, actual), "f1": 2 * hits / max(1, actual + claimed)}
-                 for name, hits, actual, claimed in zip(classes, *counts)}
+def test_report(logits: torch.Tensor, labels: torch.Tensor, classes: list[str],
+                temperature: float) -> dict:
+    """What test.json holds. Rows of `confusion` are labels; the loss is without temperature."""
+    count, (loss, accuracy) = len(classes), loss_and_accuracy(logits, labels)
+    confusion = torch.bincount(labels * count + logits.argmax(1), minlength=count * count)
+    confusion = confusion.view(count, count)
+    sums = confusion.diag().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist()
+    confidence, predicted = (logits.double() / temperature).softmax(1).max(1)
+    gaps = torch.zeros(BINS).double().index_add(0, (confidence * BINS).long().clamp(max=BINS - 1),
+                                                confidence - (predicted == labels).double())
     return {"photos": len(labels), "loss": loss, "accuracy": accuracy,
-            "accuracy_interval_95": wilson_interval(int(confusion.trace()), len(labels)), "temperature": temperature,
-            "calibration_error": calibration_error(logits / temperature, labels),
-            "calibration_error_unscaled": calibration_error(logits, labels),
-            "per_class": per_class, "classes": classes, "confusion": confusion.tolist()}
+            "accuracy_interval_95": wilson_interval(int(confusion.trace()), len(labels)),
+            "calibration_error": gaps.abs().sum().item() / len(labels),  # expected, over the bins
+            "per_class": {name: {
+                "photos": actual, "precision": hits / max(1, guessed),
+                "recall": hits / max(1, actual), "f1": 2 * hits / max(1, actual + guessed),
+                "recall_interval_95": wilson_interval(hits, actual),
+            } for name, hits, actual, guessed in zip(classes, *sums)},
+            "classes": classes, "confusion": confusion.tolist()}
 
 
-def print_report(report: dict, tested: str) -> None:
-    unscaled = f"; {100 * report['calibration_error_unscaled']:.1f} without the temperature of {report['temperature']:.2f}"
+def print_report(report: dict) -> None:
     low, high = report["accuracy_interval_95"]
-    print(f"\nTest of {tested} on {report['photos']:,} photos: accuracy {report['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), "
-          f"loss {report['loss']:.4f}\n"
-          f"Confidence is off by {100 * report['calibration_error']:.1f} points on average (expected calibration error)"
-          f"{unscaled if report['temperature'] != 1 else ''}\n")
+    print(f"\nTest of epoch {report['epoch']} on {report['photos']:,} photos: accuracy "
+          f"{report['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), loss "
+          f"{report['loss']:.4f}, calibration error {100 * report['calibration_error']:.1f} %\n")
     width = max(len("Class"), *(len(name) for name in report["classes"]))
     print(f"{'Class':{width}} | Photos | Precision | Recall (95 % interval) |     F1")
     for name, row in report["per_class"].items():
         low, high = row["recall_interval_95"]
         if row["photos"]:
-            print(f"{name:{width}} | {row['photos']:6} | {row['precision']:9.4f} | {row['recall']:6.4f} ({low:.4f}-{high:.4f}) | "
-                  f"{row['f1']:6.4f}")
-
-
-# -- Pictures, where matplotlib is installed --------------------------------------------------------------------------
-
-BLUE, ORANGE = "#0072b2", "#d55e00"  # which the colour-blind can tell apart (Okabe and Ito)
-
-
-def draw_pictures(out: Path, report: dict, logits: torch.Tensor, photos: Photos, history: list[dict] = ()) -> None:
-    """Draw curves.png (of a history), confusion.png, mistakes.png and reliability.png into a run's folder.
-
-    Args:
-        report: as `test_report` gives it.
-        logits: of the test photos, float32 (photos, classes), on the CPU.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("Pictures    none, for want of matplotlib: pip install matplotlib, and type the command, or --resume, again",
-                     flush=True)
-    confidence, predicted = (logits / report["temperature"]).softmax(1).max(1)
-    report = report | {"classes": [plain(name) for name in report["classes"]]}
-    figures = {name: Figure(layout="constrained", dpi=120) for name in PICTURES if history or name != "curves.png"}
-    if history:
-        draw_curves(figures["curves.png"], history, report["epoch"])
-    draw_confusion(figures["confusion.png"], report)
-    draw_mistakes(figures["mistakes.png"], photos, confidence, predicted, report["classes"])
-    draw_reliability(figures["reliability.png"], confidence, predicted == photos.labels.cpu(), report["calibration_error"])
-    for name, figure in figures.items():
-        with atomic_write(out / name) as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of names in scripts that its font lacks, or too long to leave room
-            figure.savefig(stream, format="png")
-
-
-def plain(name: str) -> str:
-    """A name as matplotlib draws it: no mathematics between dollar signs, no bytes that are no text, and not too long."""
-    return name[:40].replace("$", r"\$").encode("utf-8", "replace").decode()
-
-
-def draw_curves(figure, history: list[dict], best: int) -> None:
-    figure.set_size_inches(10, 4)
-    epochs = [row["epoch"] for row in history]
-    for axes, key, title in zip(figure.subplots(1, 2), ("loss", "acc"), ("Loss", "Accuracy")):
-        axes.plot(epochs, [row[f"train_{key}"] for row in history], "o--", color=ORANGE, label="training, while learning")
-        axes.plot(epochs, [row[f"val_{key}"] for row in history], "s-", color=BLUE, label="validation")
-        axes.axvline(best, color="grey", linestyle=":", label=f"best epoch: {best}")
-        axes.set(title=title, xlabel="epoch", ylim=(0, 1.02 if key == "acc" else None))
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-
-
-def draw_confusion(figure, report: dict) -> None:
-    classes, counts = report["classes"], torch.tensor(report["confusion"])
-    shares, side = counts / counts.sum(1, keepdim=True).clamp(min=1), min(40, 3 + 0.5 * len(classes))
-    figure.set_size_inches(side + 1, side)
-    axes = figure.subplots()
-    image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, label="part of the class's photos", shrink=0.8)
-    axes.set(title=f"Test of epoch {report['epoch']}: accuracy {report['accuracy']:.4f}, photos counted", xlabel="predicted", ylabel="is")
-    if len(classes) <= 100:  # more names and numbers could not be read
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
-        for row, column in counts.nonzero().tolist():
-            axes.text(column, row, int(counts[row, column]), ha="center", va="center",
-                      color="white" if shares[row, column] > 0.5 else "black")
-
-
-def draw_mistakes(figure, photos: Photos, confidence: torch.Tensor, predicted: torch.Tensor, classes: list[str], most: int = 15) -> None:
-    wrong = (predicted != photos.labels.cpu()).nonzero().flatten()
-    worst = wrong[confidence[wrong].argsort(descending=True)][:most].tolist()
-    rows = max(1, math.ceil(len(worst) / 5))
-    figure.set_size_inches(12, 3 * rows)
-    figure.suptitle(f"The most confident of {len(wrong):,} mistakes, as the network saw them" if worst else "No mistakes")
-    for axes, index in zip(figure.subplots(rows, 5, squeeze=False).flatten(), worst + [None] * 5):
-        axes.axis("off")
-        if index is not None:
-            axes.imshow(photos.pixels[photos.rows[index:index + 1]][0].numpy())
-            axes.set_title(f"is {classes[photos.labels[index]]}\nseen as {classes[predicted[index]]}, {100 * confidence[index]:.0f} %\n"
-                           + plain(photos.files[index].name if photos.files else ""), fontsize=9)
-
-
-def draw_reliability(figure, confidence: torch.Tensor, right: torch.Tensor, error: float, bins: int = BINS) -> None:
-    figure.set_size_inches(6, 7)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    place = (confidence * bins).long().clamp(0, bins - 1)
-    counts, hits = (torch.bincount(of, minlength=bins) for of in (place, place[right]))
-    upper.plot([0, 1], [0, 1], "--", color="grey", label="as it should be")
-    for index in counts.nonzero().flatten().tolist():
-        share, (low, high) = int(hits[index]) / int(counts[index]), wilson_interval(int(hits[index]), int(counts[index]))
-        upper.errorbar(confidence[place == index].mean().item(), share, [[max(0.0, share - low)], [max(0.0, high - share)]],
-                       fmt="o", color=BLUE, capsize=3,
-                       label="photos of about this confidence (95 % interval)" if index == int(place.max()) else None)
-    upper.set(title=f"Confidence is off by {100 * error:.1f} points on average", ylabel="part that is right", ylim=(-0.02, 1.02))
-    upper.legend(loc="upper left")
-    lower.bar((np.arange(bins) + 0.5) / bins, counts.numpy(), width=0.9 / bins, color=BLUE)
-    lower.set(xlabel="confidence", ylabel="photos", xlim=(0, 1))
-    for axes in (upper, lower):
-        axes.grid(alpha=0.3)
-
-
-# -- The run's folder -------------------------------------------------------------------------------------------------
-
-NO_CACHE = ".until-the-run-ends"  # the folder in it that --no-cache takes for a cache
-PICTURES = ("curves.png", "confusion.png", "mistakes.png", "reliability.png")
-RUN_FILES = ("config.json", "split.json", "history.csv", "last.pt", "best.pt", "test.json", "predictions.csv", "damaged.csv",
-             "same_photos.csv", "not_finite.csv", *PICTURES)
-
-
-@contextmanager
-def run_folder(args: argparse.Namespace):
-    """The folder of a run, args.out: a new one, or that of --resume, with what a kill may have left cleaned away. Whatever ends
-    the run, the message says how to go on; a run that could not begin leaves nothing behind."""
-    resumed, default = args.resume is not None, args.out is None
-    args.out = on_first(claim_folder, args.out, RUN_FILES, resumed)
-    script = sys.argv[0] if __name__ == "__main__" else "Q3.py"
-    command = (f"{f'torchrun --nproc-per-node={LOCAL_PROCESSES}' if PROCESSES > 1 else 'python'} {quoted(script)} --resume "
-               f"{quoted(str(args.out))}")
-    try:
-        try:
-            yield
-        finally:
-            if args.no_cache:
-                shutil.rmtree(args.out / NO_CACHE, ignore_errors=True)
-    except (CannotGoOn, BrokenPipeError):
-        raise
-    except (InputError, KeyboardInterrupt, OSError) as error:  # OSError: what is printed can't be written
-        interrupted = isinstance(error, KeyboardInterrupt)
-        if resumed or (args.out / ("config.json" if interrupted else "last.pt")).exists():
-            words = f"go on with: {command}" if interrupted else f"{error}. Then go on with: {command}"
-        else:
-            words = "nothing was kept, type the command again" if interrupted else str(error)
-            for name in RUN_FILES if RANK == 0 else ():
-                with suppress(OSError):
-                    (args.out / name).unlink()
-        raise (KeyboardInterrupt if interrupted else InputError)(words) from None
-    finally:
-        if default and RANK == 0:
-            with suppress(OSError):  # of a folder that is not empty
-                args.out.rmdir()
-
-
-def machine(device: torch.device, precision: torch.dtype) -> dict:
-    """What a run's figures depend on besides its options."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": device.type, "device_name": name, "threads": torch.get_num_threads(),
-            "precision": str(precision).removeprefix("torch."), "processes": PROCESSES,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-                         "numpy": np.__version__, "pillow": PIL.__version__}}
-
-
-def print_banner(config: dict) -> None:
-    options, photos = config["options"], config["photos"]
-    network, children = ("a small CNN from scratch", 7) if options["from_scratch"] else (f"ResNet50 from {options['weights']}", 10)
-    steps = math.ceil(photos["train"] / options["batch_size"])
-    aside = (f"Test        {options['test_fraction']:g} of each class, set aside first, as there is no val/ (--test-fraction)\n"
-             if options["test_fraction"] else "")
-    unread = unread_part(Path(options["data"]))
-    aside += ("Note        frozen layers of random weights learn nothing and see little: add --freeze 0\n"
-              if options["weights"] == "none" and options["freeze"] else "")
-    aside += f"Note        '{unread}' is not read: test photos belong in val/, validation photos in train/\n" if unread else ""
-    print(f"Photos      {photos['train']:,} training, {photos['val']:,} validation, {photos['test']:,} test; "
-          f"{len(config['classes'])} classes ({options['data']}, --fraction {options['fraction']:g})\n{aside}"
-          f"Network     {network}, {options['image_size']} x {options['image_size']} pixels\n"
-          f"Parameters  {config['trainable_parameters']:,} trainable, {config['frozen_parameters']:,} frozen "
-          f"(the first {options['freeze']} of {children} children)\n"
-          f"Device      {config['device']} ({config['device_name']}), {config['precision']}"
-          f"{f', {PROCESSES} processes' if PROCESSES > 1 else ''}\n"
-          f"Steps       {steps} an epoch, {steps * options['epochs']:,} in all\n"
-          f"Results     {options['out']}", flush=True)
-
-
-def on_cpu(value):
-    """The same nest of dicts and lists, its tensors on the CPU, where every machine can load them."""
-    if isinstance(value, torch.Tensor):
-        return value.cpu().contiguous()
-    if isinstance(value, dict):
-        return {key: on_cpu(inner) for key, inner in value.items()}
-    return [on_cpu(inner) for inner in value] if isinstance(value, list) else value
-
-
-def save_checkpoint(file: Path, checkpoint: dict) -> None:
-    checkpoint = on_cpu(checkpoint)
-    try:
-        with atomic_write(file) as stream:
-            torch.save(checkpoint, stream)
-    except RuntimeError as error:  # how torch reports that it could not write to the end
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise InputError(f"'{file}' can't be written to its end: is the disk full? Make room") from None
-
-
-CHECKPOINT = {"format": int, "architecture": str, "model": dict, "classes": list, "preprocessing": dict, "options": dict, "epoch": int,
-              "history": list, "step": int, "totals": torch.Tensor, "seconds": float, "temperature": float, "checksums": dict,
-              "optimizer": dict, "scaler": dict}  # what a checkpoint holds
-
-
-def load_checkpoint(file: Path) -> dict:
-    """A checkpoint that this script wrote, on the CPU. Raises InputError: it can't be read, is damaged, or is something
-    else."""
-    checkpoint = load_tensors(file, f"'{file}'", "a checkpoint of Q3.py", "put a whole copy back, or start another run")
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        tensors = isinstance(checkpoint, dict) and checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values())
-        found = "a state dict, which --weights takes" if tensors else f"a {type(checkpoint).__name__}"
-        raise InputError(f"'{file}' is no checkpoint of Q3.py but {found}")
-    if type(checkpoint["format"]) is not int or checkpoint["format"] != CHECKPOINT_FORMAT:
-        raise InputError(f"'{file}' has checkpoint format {checkpoint['format']!r}, this version of Q3.py reads {CHECKPOINT_FORMAT}: use "
-                         "the version that wrote it, or start another run")
-    wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(name), kind)]
-    if "temperature" not in wrong and not 0.09 < checkpoint["temperature"] < 11:  # see temperature_of
-        wrong.append("temperature")
-    if wrong:
-        raise InputError(f"'{file}' is no checkpoint of Q3.py: its {', '.join(wrong)} is missing or of the wrong kind")
-    return checkpoint
-
-
-# -- The job ----------------------------------------------------------------------------------------------------------
-
-def open_photos(model: FineTuned, pairs: list[tuple[Path, int]], facts: list[tuple], folder: Path, cache: Path,
-                args: argparse.Namespace, may_skip: bool = False) -> tuple[Photos, dict[Path, str]]:
-    """The photos of these (file, label) pairs, decoded, and what is wrong with damaged ones, which were left out.
-
-    Args:
-        facts: as `file_facts` gives them, of all files of the folder, whose photos share a store.
-        may_skip: whether the damaged ones of these photos may be left out.
-
-    Raises:
-        InputError: a photo can't be read and is not to be left out, photos change meanwhile, or the disk is full.
-    """
-    border = preprocessing(args)["border"]
-    pixels = pixel_store(cache, folder, facts, args.image_size, border)
-    row_of = {Path(name): row for row, (name, *_) in enumerate(facts)}
-    rows = torch.tensor([row_of[file] for file, _ in pairs])
-    with first_on_this_machine():
-        damaged = decode(list(row_of), rows, pixels, args.workers, border)
-    if changed := changed_files(facts):
-        raise InputError(f"photos of '{folder}' change while they are read, '{changed[0]}' for one: start again when they are complete")
-    if damaged and not (may_skip and args.skip_damaged):
-        few, more = "; ".join(list(damaged.values())[:3]), f"; and {len(damaged) - 3} more" if len(damaged) > 3 else ""
-        advice = ", or leave damaged ones out with --skip-damaged" if may_skip else ""
-        remove = "" if folder == train_folder(args.data) and not may_skip else " or remove"  # what the split names has to stay
-        raise InputError(f"{few}{more}: replace{remove} {'them' if len(damaged) > 1 else 'it'}{advice}")
-    pairs = [(file, label) for file, label in pairs if row_of[file] not in damaged]
-    rows = torch.tensor([row_of[file] for file, _ in pairs], dtype=torch.long)
-    pixels.check(rows)
-    files, labels = [file for file, _ in pairs], torch.tensor([label for _, label in pairs], dtype=torch.long)
-    return Photos(model, pixels, rows, labels, files), {file: damaged[row] for file, row in row_of.items() if row in damaged}
-
-
-def leave_out(damaged: dict[Path, str], photos: Photos, in_train: torch.Tensor, in_val: torch.Tensor, args: argparse.Namespace,
-              classes: list[str]) -> None:
-    """List damaged photos in damaged.csv. Raises InputError: without them a class has no photo to train with, or none are
-    left to validate with."""
-    taught = photos.labels[in_train].tolist()
-    lack = [f"to train {name!r} with" for label, name in enumerate(classes) if label not in taught]
-    if lack or not len(in_val):
-        raise InputError(f"without the {len(damaged)} damaged photos none is left {(lack or ['to validate with'])[0]}")
-    if damaged and RANK == 0:
-        write_csv(args.out / "damaged.csv", [{"path": file.relative_to(args.data).as_posix(), "problem": words}
-                                             for file, words in damaged.items()])
-        print(f"Damaged     {len(damaged):,} photos left out, see {args.out / 'damaged.csv'}", flush=True)
-
-
-class CannotGoOn(InputError):
-    """An error that --resume would meet again."""
-
-
-class Training:
-    """The epochs of a run, and how far they have come: what a checkpoint holds besides the network.
-
-    Args:
-        in_train, in_val: which of the photos are in which part, int64.
-        config: the run's config.json.
-        test: paths of the test photos that were set aside, where there is no val/.
-    """
-
-    def __init__(self, model: FineTuned, photos: Photos, in_train: torch.Tensor, in_val: torch.Tensor, args: argparse.Namespace,
-                 config: dict, test: Sequence[str] = ()):
-        self.test = list(test)
-        self.model, self.photos, self.args, self.config = model, photos, args, config
-        self.in_train, self.in_val = in_train, in_val
-        paths = [file.relative_to(train_folder(args.data)).as_posix() for file in photos.files]
-        self.checksums = dict(zip(paths, photos.checksums(), strict=True))
-        self.optimizer = build_optimizer(model, args.lr_head, args.lr_backbone)
-        self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.precision == torch.float16)
-        self.history: list[dict] = []  # a row for each finished epoch
-        self.step = 0  # of the epoch after these, how many are done,
-        self.totals = torch.zeros(PROCESSES, 2, device=model.device)  # each process's losses, and how many photos were recognised,
-        self.earlier = 0.0  # and the seconds they took before the run was interrupted
-        self.start = self.saved = time.perf_counter()
-        self.temperature = 1.0  # of the last of these epochs
-
-    @property
-    def best(self) -> dict:
-        return max(self.history, key=lambda row: (row["val_acc"], -row["val_loss"]))  # of equal ones the first
-
-    @property
-    def seconds(self) -> float:
-        return self.earlier + time.perf_counter() - self.start
-
-    def save(self, *names: str) -> None:
-        """Write checkpoints of this moment; but the last good ones stay if a number is not finite."""
-        totals = summed(self.totals.clone())
-        numbers = [totals, *(value for value in self.model.parameters() if value.requires_grad)]
-        self.saved = time.perf_counter()
-        if torch.stack([value.isfinite().all() for value in numbers]).all():
-            on_first(self.write, totals, names)
-
-    def write(self, totals: torch.Tensor, names: tuple[str, ...]) -> None:
-        checkpoint = {"format": CHECKPOINT_FORMAT, "architecture": "small_cnn" if self.args.from_scratch else "resnet50",
-                      "model": self.model.network.state_dict(),
-                      **{key: self.config[key] for key in ("classes", "preprocessing", "options")},
-                      "epoch": self.history[-1]["epoch"] if self.history else 0, "history": self.history, "step": self.step,
-                      "totals": totals, "seconds": self.seconds, "temperature": self.temperature, "checksums": self.checksums,
-                      "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "test": self.test}
-        for name in names:
-            save_checkpoint(self.args.out / name, checkpoint)
-
-    def save_epoch(self) -> None:
-        self.save("last.pt", *["best.pt"] * (self.best is self.history[-1]))
-        on_first(write_csv, self.args.out / "history.csv", self.history)
-
-    def restore(self, checkpoint: dict) -> None:
-        """Go on from a checkpoint, whose `model` the network has already. Raises InputError: it is of other photos, or
-        damaged."""
-        args, before = self.args, checkpoint["checksums"]
-        with fitting(args.out / "last.pt"):
-            changed = sorted(path for path in {*before, *self.checksums} if before.get(path) != self.checksums.get(path))
-            if changed:
-                first = (train_folder(args.data) / changed[0]).relative_to(args.data)
-                raise CannotGoOn(f"--resume '{args.out}': {len(changed)} of the photos are not those that the run began with (changed, "
-                                 f"new, or damaged then or now), the first '{first}': put them back, or start another run")
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            for parameter, state in self.optimizer.state.items():  # Adam needs them in the parameters' layout
-                state.update({name: torch.empty_like(parameter).copy_(value) for name, value in state.items() if value.dim()})
-            if checkpoint["scaler"] and self.scaler.is_enabled():
-                self.scaler.load_state_dict(checkpoint["scaler"])
-            self.totals.copy_(own_totals(checkpoint["totals"]))
-            self.history, self.step, self.earlier = checkpoint["history"], checkpoint["step"], checkpoint["seconds"]
-            self.temperature = checkpoint["temperature"]
-            for epoch, row in enumerate(self.history, self.history[0]["epoch"] if self.history else 1):
-                if list(row) != HISTORY or row["epoch"] != epoch or not row_text(row):
-                    raise ValueError("its history is no table of epochs")
-        if self.history and self.step == 0:  # a kill may have come between the files of an epoch
-            self.save_epoch()
-        if self.history:
-            on_first(self.check_best)
-
-    def check_best(self) -> None:
-        file = self.args.out / "best.pt"
-        try:
-            found = own_checkpoint(file, self.config)["epoch"]
-        except InputError as error:
-            raise CannotGoOn(f"{error} (it held the best epoch so far)") from None
-        if found != self.best["epoch"]:
-            raise CannotGoOn(f"'{file}' is not of epoch {self.best['epoch']}, the best so far: put that file back, or start another run")
-
-    def run(self) -> None:
-        """Train. After each epoch write last.pt, history.csv and, if it is the best so far, best.pt; then print its row.
-
-        Raises:
-            InputError: a file can't be written, or the loss is no longer finite.
-            Stopped: when a signal asked for it, after saving.
-        """
-        print("\nEpoch | Train Loss | Train Acc | Val Loss | Val Acc", flush=True)
-        for row in self.history:
-            print(row_text(row), flush=True)
-        model, args = self.model, self.args
-        try:
-            if starts_from_probe(args) and not self.history:
-                loaders = [batches(self.photos, self.in_train, args.batch_size, f"features of {kind}", mirrored=mirrored)
-                           for kind, mirrored in (("training photos", False), ("mirrored photos", True))]
-                self.finish_epoch(0, *probe(model, loaders, self.photos.labels[self.in_train].cpu()))
-            learner = nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model  # with the first one's parameters
-            for epoch in range(self.history[-1]["epoch"] + 1 if self.history else 1, args.epochs + 1):
-                loss_sum, correct = self.train_epoch(learner, epoch)
-                self.finish_epoch(epoch, loss_sum / len(self.in_train), correct / len(self.in_train))
-        except Stopped:
-            if self.history or self.step:
-                self.save("last.pt")
-            raise
-        best = self.best
-        print(f"\nBest epoch on {len(self.in_val):,} validation photos: {best['epoch']}, accuracy {best['val_acc']:.4f}", flush=True)
-
-    def train_epoch(self, learner: nn.Module, epoch: int) -> tuple[float, float]:
-        """The rest of an epoch's steps. Sum of the photos' losses, and how many were recognised."""
-        args, tuned = self.args, self.args.recipe == "tuned"
-        order, places = draw_epoch(len(self.in_train), args.seed, epoch)
-        which, steps = self.in_train[order], steps_of(len(order), args.batch_size)
-        loader = batches(self.photos, which, args.batch_size, f"epoch {epoch}/{args.epochs}",
-                         places if tuned and args.freeze < 8 else None, self.step)  # behind layer4 only fc is left to learn
-        shares = [rise_and_fall(len(steps) * (epoch - 1) + step, len(steps) * args.epochs) if tuned else 1.0
-                  for step in range(self.step, len(steps))]
-        first, seen = self.step, []  # the losses of each step's photos
-
-        def after_step(losses: torch.Tensor) -> None:
-            self.step += 1
-            seen.append(losses)
-            bad = losses.device.type == "cpu" and not losses.isfinite().all()  # a GPU would have to be waited for, in every step
-            stop, save, bad = wished(bool(ASKED), time.perf_counter() - self.saved >= 60 * args.save_minutes, bad)
-            if stop or save or bad:
-                checked_totals()
-            if stop:
-                raise Stopped
-            if save:
-                self.save("last.pt")
-
-        def checked_totals() -> list[float]:
-            totals = summed(self.totals.clone()).sum(0)
-            if not totals.isfinite().all():
-                self.not_finite(epoch, which, steps[first:], shares, seen)
-            return totals.tolist()
-
-        train_epoch(learner, loader, self.optimizer, self.scaler, shares, self.totals[RANK], after_step)
-        return tuple(checked_totals())
-
-    def not_finite(self, epoch: int, which: torch.Tensor, steps, shares: list[float], seen: list[torch.Tensor]) -> None:
-        """Raise an error that names step, learning rates and photos; the photos that this process has seen."""
-        for place, (step, share, losses) in enumerate(zip(steps, shares, seen), self.step - len(seen) + 1):
-            if not losses.isfinite().all():
-                files = [self.photos.files[index] for index in which[step[RANK::PROCESSES]].tolist()]
-                write_csv(self.args.out / "not_finite.csv",
-                          [{"path": str(file), "loss": loss} for file, loss in zip(files, losses.tolist())])
-                bad = [file for file, finite in zip(files, losses.isfinite().tolist()) if not finite]
-                rates = " and ".join(f"{share * group['initial_lr']:.2g}" for group in self.optimizer.param_groups)
-                self.diverged(epoch, f" in step {place}, at learning rates {rates}, for '{bad[0]}' and {len(bad) - 1} more of the "
-                                     f"{len(files)} photos in {self.args.out / 'not_finite.csv'}")
-        self.diverged(epoch, " in another process")
-
-    def finish_epoch(self, epoch: int, train_loss: float, train_acc: float) -> None:
-        """Validate, write files, print."""
-        args, train_seconds = self.args, self.seconds
-        loader = batches(self.photos, self.in_val, args.batch_size, "validation")
-        logits, labels = predict(self.model, loader), self.photos.labels[self.in_val].cpu()
-        val_loss, val_acc = loss_and_accuracy(logits, labels)
-        if not math.isfinite(train_loss + val_loss):
-            self.diverged(epoch)
-        rates = [group["lr"] if epoch else 0.0 for group in self.optimizer.param_groups]
-        row = dict(zip(HISTORY, (epoch, train_loss, train_acc, val_loss, val_acc, *rates, self.seconds,
-                                 len(self.in_train) / train_seconds), strict=True))
-        self.history.append(row)
-        self.temperature = temperature_of(logits, labels) if args.recipe == "tuned" else 1.0
-        self.step, self.earlier, self.start = 0, 0.0, time.perf_counter()
-        self.totals.zero_()
-        self.save_epoch()
-        self.start = time.perf_counter()  # writing is no part of an epoch
-        print(row_text(row), flush=True)
-        if any(wished(bool(ASKED))):
-            raise Stopped
-
-    def diverged(self, epoch: int, where: str = "") -> None:
-        advice = "lower --lr-head and --lr-backbone" if epoch else "check --weights"
-        kept = f". The run up to epoch {self.history[-1]['epoch']} is in '{self.args.out}'" if self.history else ""
-        raise CannotGoOn(f"the loss of epoch {epoch} is not a finite number{where}: {advice}, or try --amp off, in another run{kept}")
-
-
-def own_totals(saved: torch.Tensor) -> torch.Tensor:
-    """Of what each process had summed up, this one's row alone: (processes, 2) -> (PROCESSES, 2). If they were more or fewer then, the
-    first one gets it all."""
-    rows, own = saved.view(-1, 2), torch.zeros(PROCESSES, 2)
-    rows = rows if len(rows) == PROCESSES else rows.sum(0, keepdim=True)
-    if RANK < len(rows):
-        own[RANK] = rows[RANK]
-    return own
-
-
-HISTORY = ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr_head", "lr_backbone", "seconds", "images_per_second"]
-
-
-def row_text(row: dict) -> str:
-    return (f"{row['epoch']:5} | {row['train_loss']:10.4f} | {row['train_acc']:9.4f} | {row['val_loss']:8.4f} | "
-            f"{row['val_acc']:7.4f}")
-
-
-@contextmanager
-def fitting(file: Path):
-    """What is restored from a checkpoint fits, or the file is damaged."""
-    try:
-        yield
-    except torch.OutOfMemoryError:  # is a RuntimeError
-        raise
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"'{file}' is of another run or damaged ({first_line(error)}): put the right one back, or start another "
-                         "run") from None
-
-
-def own_checkpoint(file: Path, config: dict) -> dict:
-    """A checkpoint of the run that has this config.json, and of no other."""
-    checkpoint = load_checkpoint(file)
-    with fitting(file):
-        had, has = checkpoint["options"], config["options"]
-        other = [name for name in has if name not in (*CHANGEABLE, "out") and (had.get(name) or None) != (has[name] or None)]
-        if other or checkpoint["classes"] != config["classes"]:
-            raise InputError(f"'{file}' and config.json are of different runs: they differ in {', '.join(other) or 'the classes'}: "
-                             "put the right one back, or start another run")
-    return checkpoint
-
-
-def print_resumed(before: dict, now: dict, checkpoint: dict | None) -> None:
-    """Say from where a run goes on, and on what other machine. Raises InputError: this version of the script prepares photos
-    in another way."""
-    if before.get("preprocessing") != now["preprocessing"]:
-        raise CannotGoOn(f"the run prepares photos in another way than this version of Q3.py ({before.get('preprocessing')}, "
-                         f"{now['preprocessing']}): go on with the version that began it")
-    left = checkpoint is None or checkpoint["epoch"] < now["options"]["epochs"]
-    print("Resumed     " + (f"after epoch {checkpoint['epoch']} and {checkpoint['step']} steps of the next" if left and checkpoint else
-                            "from the start: nothing was learnt yet" if left else "at the end: only the test is left, or made again"))
-    with fitting(Path(now["options"]["out"], "config.json")):
-        other_test = before["photos"]["test"] != now["photos"]["test"]
-    if other_test:
-        print(f"Note        {now['photos']['test']:,} test photos, other than when the run began: this is another test")
-    for name in ("device", "device_name", "threads", "precision", "processes", "versions"):
-        if before.get(name) != now[name]:
-            print(f"Note        {name}: {now[name]}, was {before.get(name)}; figures may differ from an uninterrupted run's", flush=True)
-
-
-def test(model: FineTuned, checkpoint: dict, parts: dict[str, list[tuple[Path, int]]], files: list[Path] | None, folder: Path,
-         cache: Path, args: argparse.Namespace, history: list[dict] = ()) -> None:
-    """Score a checkpoint, whose `model` the network has already, on the photos of parts["test"]; write test.json, predictions.csv and
-    pictures.
-
-    Args:
-        files: all photos of the folder they are in, if it has others.
-        history: of the run, for its curves.
-    """
-    facts = file_facts(files or [file for file, _ in parts["test"]])
-    photos, _ = open_photos(model, parts["test"], facts, folder, cache, args)
-    learnt = [file for file, crc in zip(photos.files, photos.checksums())
-              if checkpoint["checksums"].get(file.relative_to(folder).as_posix()) == crc]
-    if learnt and "train" not in parts and checkpoint.get("test"):
-        raise InputError(f"{len(learnt):,} of the photos in '{folder}' are such as the network learnt from, '{learnt[0]}' for one, and some of "
-                         "those that were set aside for its test are missing: put these back, or name other photos with --data")
-    if learnt:
-        print(f"Note        {len(learnt):,} of the photos are such as the network learnt from or was chosen by, the first '{learnt[0]}'",
-              flush=True)
-    logits = predict(model, batches(photos, torch.arange(len(photos.files)), args.batch_size, "test"))
-    if RANK > 0:
-        return
-
-    classes, labels = checkpoint["classes"], photos.labels.cpu()
-    report = {"epoch": checkpoint["epoch"], **test_report(logits, labels, classes, checkpoint["temperature"])}
-    if "train" in parts:
-        report["same_photos"] = print_same_photos(parts, args.data, args.out)
-    write_json(args.out / "test.json", report)
-    confidence, predicted = (logits / checkpoint["temperature"]).softmax(1).max(1)
-    write_csv(args.out / "predictions.csv", [
-        {"path": file.relative_to(folder).as_posix(), "label": classes[label],
-         "predicted": classes[guess], "confidence": f"{share:.6f}"}
-        for (file, label), guess, share in zip(parts["test"], predicted.tolist(), confidence.tolist())])
-    print_report(report, f"the best epoch ({checkpoint['epoch']})" if "train" in parts else
-                 f"epoch {checkpoint['epoch']}" + (f" and {checkpoint['step']} steps of the next" if checkpoint["step"] else ""))
-    draw_pictures(args.out, report, logits, photos, history)
-
-
-# -- A trained network, used ------------------------------------------------------------------------------------------
-
-def trained(file: Path, args: argparse.Namespace) -> tuple[dict, FineTuned]:
-    """A checkpoint and its network. Options that were not typed become those of its training. Raises InputError: the file is
-    no checkpoint, or damaged, or photos were prepared in another way for it."""
-    checkpoint, asked = load_checkpoint(file), dict(vars(args))
-    with fitting(file):
-        own, classes = typed_again(checkpoint["options"], file) | {"out": None, "no_cache": False}, checkpoint["classes"]
-        vars(args).update({name: value for name, value in own.items() if getattr(args, name) is None})
-        if checkpoint["preprocessing"] != preprocessing(args):
-            raise InputError(f"'{file}' learnt from photos that were prepared in another way than by this version of Q3.py: use the "
-                             "version that wrote it")
-    try:
-        device = pick_device(args.device)
-    except InputError:
-        device = pick_device(asked["device"] or "auto")  # it may have been trained on another machine
-    precision = pick_precision("auto" if args.amp == "fp16" != asked["amp"] and device.type != "cuda" else args.amp, device)
-    with memory_advice(args):
-        with fitting(file):
-            network = small_cnn(len(classes)) if args.from_scratch else build_network("none", len(classes))
-            network.load_state_dict(checkpoint["model"])
-        network.to(device, memory_format=layout(device))
-        return checkpoint, FineTuned(network, args.freeze, precision, holds_batchnorm(args)).eval()
+            print(f"{name:{width}} | {row['photos']:6} | {row['precision']:9.4f} | "
+                  f"{row['recall']:6.4f} ({low:.4f}-{high:.4f}) | {row['f1']:6.4f}")
+
+
+def load_trained(file: str | Path, args: argparse.Namespace) -> tuple[dict, FineTuned]:
+    """A checkpoint and its network. Options that were not given become those of its training."""
+    checkpoint = load_checkpoint(Path(file))
+    vars(args).update(checkpoint["options"] | {"device": "auto"} | args.typed)
+    device, classes = pick_device(args.device), len(checkpoint["classes"])
+    if args.amp == "fp16" and device.type != "cuda" and "amp" not in args.typed:
+        args.amp = "auto"  # it was trained on an NVIDIA GPU
+    network = build_small_cnn(classes) if args.from_scratch else build_resnet50(classes, "none")
+    network.load_state_dict(checkpoint["model"])
+    model = FineTuned(network, args.freeze, device, pick_precision(args.amp, device))
+    return checkpoint, model.eval()
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Test a checkpoint again, or on other photos, into a folder of its own. Raises InputError: a checkpoint or photos that
-    can't be used."""
-    file, typed = args.evaluate, args.data
-    checkpoint, model = trained(file, args)
-    if not (typed or os.path.isdir(args.data)):
-        raise InputError(f"--evaluate '{file}': its photos were in '{args.data}', which is not there, seen from {Path.cwd()}: name a "
-                         "folder with --data")
-    args.data = find_data(args.data)
-    folder = test_folder(args.data) or train_folder(args.data)
-    photos, classes = list_photos(folder, least=1), checkpoint["classes"]
+    """Test a checkpoint again, or on other photos, in a new folder."""
+    checkpoint, model = load_trained(args.evaluate, args)
+    args.data = disk.find_data(args.data)
+    folder = disk.test_folder(args.data) or disk.train_folder(args.data)
+    photos, classes = disk.list_photos(folder, least=1), checkpoint["classes"]
     if not photos.keys() <= set(classes):
-        raise InputError(f"'{folder}' has classes that '{file}' has not learnt: "
-                         f"{differences(classes, photos, 'the checkpoint', 'the folder')}")
+        raise InputError(f"'{folder}' has classes that the network has not learnt: "
+                         f"{disk.differences(classes, photos, 'the checkpoint', 'the folder')}")
     paths = [path for name in photos for path in photos[name]]
-    with fitting(file):
-        aside = [] if test_folder(args.data) or not set(checkpoint.get("test", [])) <= set(paths) else checkpoint.get("test", [])
-    pairs, files = labelled(folder, aside or paths, classes), [folder / path for path in paths]
-    refuse_inside_photos(args)
-    with run_folder(args), memory_advice(args):
-        print(f"Checkpoint  {file}, epoch {checkpoint['epoch']}\n"
-              f"Photos      {len(pairs):,} test; {len(photos)} classes ({folder}{', those set aside before training' if aside else ''})\n"
-              f"Device      {model.device.type}, {str(model.precision).removeprefix('torch.')}\n"
-              f"Results     {args.out}", flush=True)
-        if len(photos) < len(classes):
-            print(f"Note        {differences(classes, photos, 'the checkpoint', 'the folder')}", flush=True)
-        test(model, checkpoint, {"test": pairs}, files, folder, args.out / NO_CACHE if args.no_cache else args.cache, args)
-
-
-def classify(args: argparse.Namespace) -> None:
-    """Print a row for each photo: its path, then the likeliest classes, three at most, each with its confidence.
-
-    Photos are decoded in threads while the network is at the ones before. One that can't be read gets a row that says why.
-    """
-    file, *places = args.predict
-    checkpoint, model = trained(file, args)
-    if not places and (sys.stdin is None or sys.stdin.isatty()):
-        raise InputError("--predict CKPT PHOTO ...: name photos or folders, or send a list of them to standard input")
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a name may hold any bytes
-    listed = (line.rstrip("\r\n") for line in sys.stdin or ()) if not places or places == [Path("-")] else map(str, places)
-    files = (photo for place in listed if place for photo in photos_in(Path(place)))
-    groups = iter(lambda: list(islice(files, args.batch_size)), [])
-    shown, border = min(3, len(checkpoint["classes"])), preprocessing(args)["border"]
-
-    def cells(row: list) -> str:
-        return "\t".join(re.sub(r"[\t\r\n]", lambda found: repr(found[0])[1:-1], str(cell)) for cell in row)
-
-    strict_about_photos()
-    with printing_to_the_end(), memory_advice(args), ThreadPoolExecutor(args.workers) as pool:
-        # a group is begun when it is asked for
-        begun = ((group, [pool.submit(photo_or_problem, photo, args.image_size, border) for photo in group]) for group in groups)
-        columns = [name for place in ("", "_2", "_3")[:shown] for name in ("class" + place, "confidence" + place)]
-        print(cells(["path", *columns]), flush=True)
-        coming, total, unread = next(begun, None), 0, 0
-        while coming:
-            (group, reading), coming = coming, next(begun, None)
-            found = [future.result() for future in reading]
-            seen = [pixels for pixels in found if not isinstance(pixels, str)]
-            rows = iter(likeliest(model, np.stack(seen), checkpoint, shown) if seen else [])
-            total, unread = total + len(found), unread + len(found) - len(seen)
-            for photo, pixels in zip(group, found):
-                print(cells([photo, *(["error", pixels] if isinstance(pixels, str) else next(rows))]))
-            sys.stdout.flush()
-    if unread:
-        print(f"{unread:,} of {total:,} could not be read: see 'error' in their rows", file=sys.stderr)
-
-
-@contextmanager
-def printing_to_the_end():
-    """Turn what is said about a full disk behind standard output into one line."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again in the end
-        raise InputError(f"the rows can't be written: {error.strerror}") from None
+    aside = checkpoint["split"].get("test", [])
+    chosen = aside if aside and set(aside) <= set(paths) else paths  # the run's own test part
+    with run_folder(args) as (_, cache):
+        pairs, files = disk.labelled(folder, chosen, classes), [folder / path for path in paths]
+        loaded, _ = load_photos({"test": pairs}, {folder: files}, cache, args.image_size,
+                                checkpoint["preprocessing"]["border"], args.workers)
+        if learnt := loaded["test"].checksums().items() & checkpoint["checksums"].items():
+            print(f"Note        {len(learnt):,} of the photos took part in training, "
+                  f"'{min(learnt)[0]}' for one: the result is optimistic")
+        score(model, loaded["test"], checkpoint, args)
 
 
 @torch.no_grad()
-def likeliest(model: FineTuned, pixels: np.ndarray, checkpoint: dict, count: int) -> list[list[str]]:
-    """Name and confidence, alternately, of the `count` likeliest classes of each photo: uint8 (photos, size, size, 3)."""
-    logits = model(model.maps(send(torch.from_numpy(pixels), model.device)))
-    confidence, labels = (logits.cpu() / checkpoint["temperature"]).softmax(1).topk(count)
-    return [[cell for share, label in zip(shares, guesses) for cell in (checkpoint["classes"][label], f"{share:.4f}")]
-            for shares, guesses in zip(confidence.tolist(), labels.tolist())]
+def classify(args: argparse.Namespace) -> None:
+    """Print a row for each photo: its path, then the likeliest classes, each with its confidence,
+    between tabs. A photo that can't be read gets a row that says why."""
+    if RANK > 0:  # one process reads standard input
+        return
+    file, *places = args.predict
+    checkpoint, model = load_trained(file, args)
+    classes, border = checkpoint["classes"], checkpoint["preprocessing"]["border"]
+    typed = places in ([], ["-"]) and sys.stdin.isatty()
+    if places in ([], ["-"]):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a name may hold any bytes
+        places = (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+    photos = (photo for place in places for photo in disk.photos_in(Path(place)))
+    read = partial(read_photo, size=args.image_size, border=border)
+    size = 1 if typed else args.batch_size  # a row as soon as a path was typed
 
+    def print_row(*cells) -> None:
+        print("\t".join(re.sub(r"[\t\r\n]", " ", str(cell)) for cell in cells), flush=True)
 
-# -- The whole job ----------------------------------------------------------------------------------------------------
+    print_row("path", *[name + place for place in ("", "_2", "_3")[:len(classes)]
+                        for name in ("class", "confidence")])
+    with ThreadPoolExecutor(args.workers) as pool:
+        while group := list(islice(photos, size)):
+            found = list(pool.map(read, group))
+            whole = [pixels for pixels in found if isinstance(pixels, torch.Tensor)]
+            if whole:
+                maps = model.maps(send(torch.stack(whole), model.device))
+                logits = model(maps.permute(0, 3, 1, 2)).cpu() / checkpoint["temperature"]
+                top = iter(zip(*logits.softmax(1).topk(min(3, len(classes)))))
+            for photo, pixels in zip(group, found):
+                print_row(photo, *(["error", pixels] if isinstance(pixels, InputError) else [
+                    cell for share, label in zip(*next(top))
+                    for cell in (classes[label], f"{share:.4f}")]))
+
 
 @contextmanager
-def memory_advice(args: argparse.Namespace):
-    """Turn the many ways to run out of memory into one that says what to try."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory|enough memory|ALLOC", str(error)):
-            raise
-        advice = f"try --batch-size {args.batch_size // 2}" if args.batch_size > 1 else "try a smaller --image-size"
-        raise InputError(f"out of memory with --batch-size {args.batch_size} and --image-size {args.image_size} "
-                         f"({first_line(error)}): {advice} in another run, or free memory that other programs hold") from None
+def picture(file: Path, width: float, height: float):
+    """A matplotlib figure of so many inches, written in the end."""
+    import matplotlib.figure
+    image = io.BytesIO()
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # names in scripts that the font lacks
+        figure = matplotlib.figure.Figure((width, height), layout="constrained", dpi=120)
+        yield figure
+        figure.savefig(image, format="png")
+    write_whole(file, image.getbuffer())
+
+
+def draw_pictures(out: Path, report: dict, photos: Photos, confidence: torch.Tensor,
+                  predicted: torch.Tensor, history: list[dict]) -> None:
+    """Draw a history's curves.png, and confusion.png, mistakes.png, reliability.png of a test."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("Pictures    skipped: matplotlib is not installed (pip install matplotlib)")
+        return
+    names, paths = ([name[-40:].encode(errors="replace").decode() for name in names]
+                    for names in (report["classes"], photos.paths))  # as fonts can show them
+    correct = predicted == photos.labels
+
+    if history:
+        with picture(out / "curves.png", 10, 4) as figure:
+            epochs = [row["epoch"] for row in history]
+            for axes, key in zip(figure.subplots(1, 2), ("loss", "acc")):
+                for part, style in (("train", "o--C1"), ("val", "s-C0")):
+                    axes.plot(epochs, [row[f"{part}_{key}"] for row in history], style, label=part)
+                axes.axvline(report["epoch"], color="grey", linestyle=":", label="best epoch")
+                axes.set(xlabel="epoch", ylabel={"loss": "loss", "acc": "accuracy"}[key], ylim=0)
+                axes.xaxis.get_major_locator().set_params(integer=True)
+                axes.legend()
+
+    counts, side = torch.tensor(report["confusion"]), min(40, 3 + 0.5 * len(names))
+    fractions = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    with picture(out / "confusion.png", side + 1, side) as figure:
+        axes = figure.subplots()
+        figure.colorbar(axes.imshow(fractions, "Blues", vmin=0, vmax=1), label="fraction of class")
+        axes.set(title=f"Test of epoch {report['epoch']}: accuracy {report['accuracy']:.4f}",
+                 xlabel="predicted class", ylabel="actual class")
+        if len(names) <= 100:  # more could not be read
+            axes.set_xticks(range(len(names)), names, rotation=90)
+            axes.set_yticks(range(len(names)), names)
+            for row, column in counts.nonzero().tolist():
+                axes.text(column, row, int(counts[row, column]), ha="center", va="center",
+                          color="white" if fractions[row, column] > 0.5 else "black")
+
+    wrong = (~correct).nonzero().flatten()
+    with picture(out / "mistakes.png", 12, 10) as figure:
+        figure.suptitle(f"The most confident of {len(wrong):,} mistakes, as the network saw them")
+        for place, index in enumerate(wrong[confidence[wrong].argsort(descending=True)][:15], 1):
+            axes = figure.add_subplot(3, 5, place)
+            axes.axis("off")
+            axes.imshow(photos.pixels[photos.rows[index][None]][0])
+            axes.set_title(f"{names[photos.labels[index]]}, predicted {names[predicted[index]]}\n"
+                           f"({100 * confidence[index]:.0f} %) {paths[index]}", fontsize=8)
+
+    bins = (confidence * BINS).long().clamp(0, BINS - 1)
+    with picture(out / "reliability.png", 6, 6) as figure:
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], "--", color="grey", label="perfectly calibrated")
+        for each in bins.unique():
+            hits, mean = correct[bins == each], confidence[bins == each].mean()
+            axes.plot([mean, mean], wilson_interval(int(hits.sum()), len(hits)), color="C0")
+            axes.plot(mean, hits.double().mean(), "o", color="C0")
+        axes.set(title="Photos of about equal confidence, 95 % intervals", xlabel="confidence",
+                 ylabel="fraction correct", xlim=(0, 1.02), ylim=(-0.02, 1.02))
+        axes.legend(loc="upper left")
 
 
 def main(args: argparse.Namespace) -> None:
+    global store
+    if WORLD_SIZE > 1:  # let the processes that torchrun started talk to each other
+        warnings.filterwarnings("ignore", message="Grad strides|`broadcast_buffers`")  # harmless
+        if gpus := torch.cuda.device_count():
+            torch.cuda.set_device(LOCAL_RANK % gpus)
+        store, rank, world_size = next(distributed.rendezvous("env://"))
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank,
+            world_size=world_size, timeout=timedelta(days=1))  # a download takes its time
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - rank 0 prints
     (evaluate if args.evaluate else classify if args.predict else fine_tune)(args)
 
 
-def fine_tune(args: argparse.Namespace) -> None:
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # one process prints
-    if PROCESSES > 1 and args.no_cache:
-        raise InputError("--no-cache: several processes share decoded photos in the cache; give --cache DIR instead")
-    if args.download:
-        download(args.data)
-    if args.demo:
-        draw_demo(args.data)
-
-    # Photos and split: which file is in which part, with which label.
-    own_split = args.resume / "split.json" if args.resume else None
-    manifest, parts, files = load_split(args, own_split if own_split and own_split.exists() else args.split)
-    refuse_inside_photos(args)
-    classes, count = manifest["classes"], len(parts["train"])
-    if PROCESSES > (smallest := count // math.ceil(count / args.batch_size)):
-        raise InputError(f"{PROCESSES} processes can't share steps of {smallest} photos: raise --batch-size")
-
-    # Network and precision.
-    device = pick_device(args.device)
-    precision = pick_precision(args.amp, device)
-    synchronise = PROCESSES > 1 and not holds_batchnorm(args)
-    if synchronise and device.type == "cpu":
-        raise InputError("BatchNorm's statistics are learnt with --recipe reference, --weights none and --from-scratch, and torch "
-                         "can't average them over several CPU processes: use one process")
-    if PROCESSES > 1:
-        join_processes(device)
-    torch.manual_seed(args.seed)  # for the first weights of fc
-    earlier, checkpoint = (read_config(args.resume) if args.resume else {}), None
-    if args.resume and ((last := args.resume / "last.pt").exists() or (args.resume / "history.csv").exists()):
-        checkpoint = own_checkpoint(last, {**earlier, "classes": classes})
-    with memory_advice(args), first_on_this_machine():
-        network = small_cnn(len(classes)) if args.from_scratch else build_network("none" if checkpoint else args.weights, len(classes))
-        network = network.to(device, memory_format=layout(device))
-    if checkpoint:
-        with fitting(args.resume / "last.pt"):
-            network.load_state_dict(checkpoint["model"])
-    with memory_advice(args):
-        model = FineTuned(network, args.freeze, precision, holds_batchnorm(args))
-    if synchronise:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
-
-    with run_folder(args), memory_advice(args), stopping_between_steps():
-        # What is going to happen, on the screen and in the run's folder.
-        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-                   if name not in ("resume", "download", *USES)}
-        config = {"options": options, "classes": classes, "photos": {part: len(pairs) for part, pairs in parts.items()},
-                  "preprocessing": preprocessing(args),
-                  "trainable_parameters": sum(value.numel() for value in network.parameters() if value.requires_grad),
-                  "frozen_parameters": sum(value.numel() for value in network.parameters() if not value.requires_grad),
-                  **machine(device, precision)}
-        print_banner(config)
-        if args.resume:
-            print_resumed(earlier, config, checkpoint)
-        on_first(write_json, args.out / "config.json", earlier | config)  # from here on the folder holds a run, which can be resumed
-        on_first(write_manifest, manifest, args.out / "split.json")
-        on_first(print_same_photos, {part: parts[part] for part in ("train", "val")}, args.data, args.out)
-
-        # Pixels, and the trunk's maps of them.
-        facts, cache = file_facts(files), args.out / NO_CACHE if args.no_cache else args.cache
-        photos, damaged = open_photos(model, parts["train"] + parts["val"], facts, train_folder(args.data), cache, args, may_skip=True)
-        held_out = {file for file, _ in parts["val"]}
-        in_val = torch.tensor([file in held_out for file in photos.files], dtype=torch.bool)
-        in_train, in_val = (~in_val).nonzero().flatten(), in_val.nonzero().flatten()
-        leave_out(damaged, photos, in_train, in_val, args, classes)
-        config["photos"] |= {"train": len(in_train), "val": len(in_val)}
-        config["trunk"] = photos.keep(args.freeze, args.cache_gb, str(earlier.get("trunk", "")))
-        print(f"Trunk       {config['trunk']}", flush=True)
-        on_first(write_json, args.out / "config.json", config)
-
-        # Epochs, then the test of the best one.
-        training = Training(model, photos, in_train, in_val, args, config, manifest.get("test", ()))
-        if checkpoint:
-            training.restore(checkpoint)
-            del checkpoint  # its tensors are the network's and the optimiser's now
-        training.run()
-        if changed := changed_files(facts):
-            print(f"Note        {len(changed):,} photos have changed since they were read, the first '{changed[0]}'; the run learnt from "
-                  "what they were", flush=True)
-        best = on_first(lambda: load_checkpoint(args.out / "best.pt") | {"optimizer": {}})
-        with fitting(args.out / "best.pt"):
-            model.network.load_state_dict(best["model"])
-        folder = test_folder(args.data)
-        try:  # no test photo was opened so far; without a val/ they lie among all the others
-            test(model, best, parts, None if folder else files, folder or train_folder(args.data), cache, args, training.history)
-        except InputError as error:
-            raise InputError(f"{error}. Training is done, and its best epoch is safe in '{args.out / 'best.pt'}'") from None
-    print(f"\nCheckpoints, history, predictions and pictures: {args.out}")
-    if PROCESSES > 1:
-        distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    with exit_codes(unsaid=KeyboardInterrupt if RANK else ()):
-        main(args)
+    end_on_signals()
+    # Only the first process that fails says why.
+    with disk.exit_codes(silent=lambda error: store.add("said", 1) > 1 if store else RANK > 0):
+        try:
+            main(get_args())
+        except RuntimeError:  # perhaps this process waited for one that has ended
+            if not store or store.add("said", 0) == 0:
+                raise
+            sys.exit(2)

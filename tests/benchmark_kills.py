@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Kill runs of Q3.py at random moments, resume them, and compare what they end with to a run that was left alone.
+"""Kill runs of Q3.py at random moments, resume them, and compare their results.
 
     python tests/benchmark_kills.py --data inaturalist_12k --weights resnet50.pth --kills 100
 
-starts that many runs on a tenth of the photos at 64 x 64 pixels, each in a process of its own (from a server that has loaded torch
-already), which gets SIGKILL at a random moment; every fourth time while it writes a checkpoint. A third of the resumed runs are killed
-again. A trial fails unless `--resume` then ends with the same bits: history.csv (timings aside), test.json, predictions.csv, and
-every tensor and value of best.pt and last.pt.
+starts that many runs on a tenth of the photos at 64 x 64 pixels, each in a process of its own (from
+a server that has loaded torch already), which gets SIGKILL at a random moment; every fourth while
+it writes a checkpoint. A third of the resumed runs are killed again. A run fails unless it ends
+with the same bits as one that was left alone: history.csv (timings aside), test.json,
+predictions.csv, split.json, and every tensor and value of best.pt and last.pt.
 """
 
 import argparse
@@ -22,8 +23,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import Q3  # noqa: E402
-from dataset_split import exit_codes  # noqa: E402
+import Q3
+from dataset_split import exit_codes
 
 TIMINGS = ("seconds", "images_per_second")
 
@@ -34,22 +35,24 @@ def equal(one, two) -> bool:
         return one.dtype == two.dtype and one.shape == two.shape and Q3.torch.equal(one, two)
     if isinstance(one, dict):
         return one.keys() == two.keys() and all(equal(one[key], two[key]) for key in one)
-    return len(one) == len(two) and all(map(equal, one, two)) if isinstance(one, list) else one == two
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(equal, one, two))
+    return one == two
 
 
 def result(out: Path) -> dict:
     """What a finished run has left behind, without the timings and the folder's own name."""
     def without_timings(row):
         return {key: value for key, value in row.items() if key not in TIMINGS}
-    found = {name: (out / name).read_text() for name in ("test.json", "predictions.csv", "split.json")}
+    found = {name: (out / name).read_text()
+             for name in ("test.json", "predictions.csv", "split.json")}
     with open(out / "history.csv", newline="") as stream:
         found["history.csv"] = list(map(without_timings, csv.DictReader(stream)))
     for name in ("best.pt", "last.pt"):
         found[name] = Q3.torch.load(out / name, weights_only=True)
-        found[name]["history"] = list(map(without_timings, found[name]["history"]))
-        for option in ("data", "cache", "out", "workers"):
+        for option in ("data", "cache"):  # they may have moved
             del found[name]["options"][option]
-        found[name].pop("seconds")
+    found["last.pt"]["history"] = list(map(without_timings, found["last.pt"]["history"]))
     return found
 
 
@@ -61,7 +64,8 @@ def kill_after(process, seconds: float) -> None:
 
 
 def kill_while_writing(process, out: Path, chance: random.Random) -> bool:
-    """Kill it while it writes a checkpoint, whichever comes next after a random number of others. Whether that was met."""
+    """Kill it while it writes a checkpoint, after a random number of others. Whether that was
+    met."""
     passed, seen = chance.randrange(6), set()
     while process.poll() is None:
         time.sleep(0.001)
@@ -76,8 +80,10 @@ def kill_while_writing(process, out: Path, chance: random.Random) -> bool:
     return False
 
 
-def one_trial(start, out: Path, seconds: float, while_writing: bool, chance: random.Random) -> tuple[int, int]:
-    """Start a run, kill it, and go on until it has ended. How often it was killed, and how often of these while writing.
+def one_trial(start, out: Path, seconds: float, while_writing: bool,
+              chance: random.Random) -> tuple[int, int]:
+    """Start a run, kill it, and go on until it has ended. How often it was killed, and how often
+    while it wrote a checkpoint.
 
     Args:
         start: takes words of a command line, and gives a process as `subprocess.Popen` does.
@@ -86,9 +92,9 @@ def one_trial(start, out: Path, seconds: float, while_writing: bool, chance: ran
     kills = writing = 0
     status = None
     while status != 0:
-        words = ["--resume", out] if (out / "config.json").exists() else ["--out", out]  # killed before that, it was no run yet
+        words = ["--resume" if (out / "last.pt").exists() else "--out", out]
         process, begun = start(words), time.monotonic()
-        if kills == 0 or kills < 4 and chance.random() < 1 / 3:
+        if kills == 0 or (kills < 4 and chance.random() < 1 / 3):
             if while_writing:
                 writing += kill_while_writing(process, out, chance)
             else:
@@ -106,23 +112,27 @@ def one_trial(start, out: Path, seconds: float, while_writing: bool, chance: ran
 
 
 def trials(start, folder: Path, count: int, seed: int, every_writing: int = 4) -> str:
-    """Kill and resume so many runs; says what was found, or ends the program where something differs."""
+    """Kill and resume so many runs. Says what was found, or ends the program where bits differ."""
     chance, kills, writing = random.Random(seed), 0, 0
-    for name in ("first", "alone"):  # two, since the first has more to load, and since they should be equal as well
+    for name in ("first", "alone"):  # the first has more to load; and they should be equal
         begun = time.monotonic()
         if start(["--out", folder / name]).wait() != 0:
             raise SystemExit(f"the run that was left alone failed, see {folder}")
     seconds, expected = time.monotonic() - begun, result(folder / "alone")
     for number in range(-1, count):
         out = folder / (f"trial{number}" if number >= 0 else "first")
-        killed, met = one_trial(start, out, seconds, number % every_writing == 0, chance) if number >= 0 else (0, 0)
+        killed = met = 0
+        if number >= 0:
+            killed, met = one_trial(start, out, seconds, number % every_writing == 0, chance)
         kills, writing, found = kills + killed, writing + met, result(out)
         different = [name for name in expected if not equal(expected[name], found[name])]
         if different:
-            raise SystemExit(f"{out}: {', '.join(different)} differ from the run that was left alone")
+            raise SystemExit(f"{out}: {', '.join(different)} differ from the run left alone")
         shutil.rmtree(out)
-        print(f"{out.name}: killed {killed} times, {met} of them while writing a checkpoint; identical", flush=True)
-    return f"{count} runs were killed {kills} times, {writing} of them while writing a checkpoint; {count} ended with the bits of the run left alone"
+        print(f"{out.name}: killed {killed} times, {met} of them while writing a checkpoint; "
+              "identical", flush=True)
+    return (f"{count} runs were killed {kills} times, {writing} of them while writing a "
+            f"checkpoint; {count} ended with the bits of the run left alone")
 
 
 class Forked:
@@ -130,7 +140,7 @@ class Forked:
 
     def __init__(self, function, *args):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo", "Q3", "dataset_split"])  # which take seconds to load
+        context.set_forkserver_preload(["torch._dynamo", "Q3", "dataset_split"])  # slow to load
         self.process = context.Process(target=function, args=args)
         self.process.start()
         self.kill = self.process.kill
@@ -144,29 +154,34 @@ class Forked:
 
 
 def run(output: Path, words: list[str]) -> None:
-    sys.stdout = sys.stderr = open(output, "a")
+    sys.stdout = sys.stderr = open(output, "a")  # noqa: SIM115 - until the process ends
     with exit_codes():
         Q3.main(Q3.get_args(words))
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("inaturalist_12k"), metavar="DIR")
     parser.add_argument("--weights", default="IMAGENET1K_V2", metavar="SPEC")
-    parser.add_argument("--kills", type=int, default=100, metavar="N", help="how many runs to kill (default: 100)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (default: 0)")
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further options of Q3.py; must come last")
+    parser.add_argument("--kills", type=int, default=100, metavar="N",
+                        help="how many runs to kill (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="of the moments (default: 0)")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[],
+                        help="further options of Q3.py; must come last")
     return parser
 
 
 def main() -> None:
     args = get_args_parser().parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
-    begin = ["--data", args.data, "--weights", args.weights, "--fraction", 0.1, "--image-size", 64, "--epochs", 2, "--save-minutes", 0.01,
-             "--cache", folder / "cache", *args.flags]
+    begin = ["--data", args.data, "--weights", args.weights, "--fraction", 0.1,
+             "--image-size", 64, "--epochs", 3, *args.flags]
 
     def start(words):
-        return Forked(run, folder / "output.txt", list(map(str, words if "--resume" in words else [*begin, *words])))
+        words = [*words, "--cache", folder / "cache", *([] if "--resume" in words else begin)]
+        return Forked(run, folder / "output.txt", list(map(str, words)))
 
     print(trials(start, folder, args.kills, args.seed))
     shutil.rmtree(folder)

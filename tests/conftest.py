@@ -1,6 +1,8 @@
-"""What the tests share: small drawn photos, a small network, and the two commands as a user would type them."""
+"""What the tests share: drawn photos, a small network, and the commands as a user types them."""
 
+import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,18 +17,19 @@ from torchvision.models.resnet import Bottleneck, ResNet
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import dataset_split  # noqa: E402
-import Q3  # noqa: E402
 from benchmark_kills import Forked  # noqa: E402
 
-settings.register_profile("some", max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+import dataset_split  # noqa: E402
+import Q3  # noqa: E402
+
+settings.register_profile("some", max_examples=100, deadline=None,
+                          suppress_health_check=list(HealthCheck))
 settings.register_profile("many", parent=settings.get_profile("some"), max_examples=10_000)
 settings.load_profile("some")
 
 COLOURS = {"Aves": (200, 60, 40), "Fungi": (50, 180, 70), "Insecta": (60, 80, 210)}
-
-QUICK = ("--weights", "small.pth", "--fraction", 1.0, "--image-size", 32, "--epochs", 1, "--batch-size", 8, "--device", "cpu",
-         "--amp", "off", "--workers", 1)
+QUICK = ("--weights", "small.pth", "--fraction", 1.0, "--image-size", 64, "--epochs", 1,
+         "--batch-size", 8, "--device", "cpu", "--amp", "off", "--workers", 1)
 
 
 def draw_photo(file: Path, colour, seed: int, size=(48, 36)) -> None:
@@ -40,10 +43,10 @@ def draw_photo(file: Path, colour, seed: int, size=(48, 36)) -> None:
 
 def draw_data(folder: Path, train: int = 10, val: int = 4, classes=COLOURS) -> Path:
     for part, count in (("train", train), ("val", val)):
-        for name in classes:
+        for number, name in enumerate(classes):
             for index in range(count):
-                draw_photo(folder / part / name / f"{index:02}.jpg", COLOURS.get(name, (90, 90, 90)),
-                           seed=1000 * list(classes).index(name) + index + (part == "val") * 500)
+                draw_photo(folder / part / name / f"{index:02}.jpg", COLOURS.get(name, (90,) * 3),
+                           seed=1000 * number + index + (part == "val") * 500)
     return folder
 
 
@@ -55,7 +58,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def without_pictures(request, monkeypatch):
-    """Drawing takes longer than the small runs do, so that only the tests with the fixture `pictures` draw."""
+    """Drawing takes longer than the small runs do: only tests with the fixture `pictures` draw."""
     if "pictures" not in request.fixturenames:
         monkeypatch.setattr(Q3, "draw_pictures", lambda *_: None)
 
@@ -67,7 +70,7 @@ def pictures():
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """A fresh data folder of three classes with 10 training and 4 test photos each; a test may spoil it."""
+    """Three classes with 10 training and 4 test photos each, for a test to spoil."""
     return draw_data(tmp_path / "photos")
 
 
@@ -77,23 +80,22 @@ def shared_data(tmp_path_factory) -> Path:
     return draw_data(tmp_path_factory.mktemp("shared") / "photos")
 
 
-def with_statistics(network: torch.nn.Module) -> dict:
-    """The state dict of a network of random weights, with the BatchNorm statistics that go with them."""
+def write_weights(network: torch.nn.Module, file: Path) -> Path:
+    """The state dict of a network of random weights, with BatchNorm statistics that fit them."""
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
     with torch.no_grad():
         network.train()(torch.randn(16, 3, 64, 64))
-    return network.state_dict()
+    torch.save(network.state_dict(), file)
+    return file
 
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory) -> Path:
-    """A state dict of a ResNet50."""
+    """Of a ResNet50."""
     torch.manual_seed(7)
-    file = tmp_path_factory.mktemp("weights") / "resnet50.pth"
-    torch.save(with_statistics(Q3.resnet50(weights=None)), file)
-    return file
+    return write_weights(Q3.resnet50(weights=None), tmp_path_factory.mktemp("weights") / "50.pth")
 
 
 class Narrow(Bottleneck):
@@ -101,16 +103,14 @@ class Narrow(Bottleneck):
 
 
 def small_resnet(weights=None) -> ResNet:
-    """A ResNet50's children with one narrow block a layer: 0.4 million parameters, so that its files are written in no time."""
+    """A ResNet50's children with one narrow block a layer: half a million parameters."""
     return ResNet(Narrow, [1, 1, 1, 1], width_per_group=16)
 
 
 @pytest.fixture(scope="session")
 def small_weights(tmp_path_factory) -> Path:
     torch.manual_seed(7)
-    file = tmp_path_factory.mktemp("weights") / "small.pth"
-    torch.save(with_statistics(small_resnet()), file)
-    return file
+    return write_weights(small_resnet(), tmp_path_factory.mktemp("weights") / "small.pth")
 
 
 @pytest.fixture
@@ -120,43 +120,70 @@ def small_network(small_weights, tmp_path, monkeypatch):
     (tmp_path / "small.pth").symlink_to(small_weights)
 
 
-def type_command(script: str, *argv, cwd: Path) -> subprocess.CompletedProcess:
-    """Run `python script argv...` from the folder `cwd`, as a user would."""
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, argv)], cwd=cwd, capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "2"}, timeout=240)
+@pytest.fixture
+def quick_run(small_network, shared_data, tmp_path):
+    """Run the job in this process with a small network; gives the run's folder."""
+    def quick_run(name: str, *flags, data=shared_data) -> Path:
+        assert call("Q3.py", "--data", data, *QUICK, *flags, "--out", name) == 0
+        return tmp_path / name
+    return quick_run
+
+
+def type_command(script: str, *argv, cwd: Path, start=subprocess.run, **options):
+    """Run `python script argv...` from the folder `cwd` as a user would; torchrun, with `-m`."""
+    words = script.split() if script.startswith("-m") else [str(ROOT / script)]
+    options |= {"timeout": 240} if start is subprocess.run else {}
+    return start([sys.executable, *words, *map(str, argv)], cwd=cwd, text=True, stderr=-1,
+                 stdin=subprocess.DEVNULL, stdout=-1, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                 **options)
 
 
 def call(script: str, *argv) -> int:
-    """The same inside this process, which saves the seconds that torch takes to load; gives the exit code."""
+    """The same in this process, which saves the seconds that torch takes to load: exit code."""
     argv = list(map(str, argv))
-    commands = {"Q3.py": lambda: Q3.main(Q3.get_args(argv)), "dataset_split.py": lambda: dataset_split.main(argv)}
     try:
         with dataset_split.exit_codes():
-            commands[script]()
+            Q3.main(Q3.get_args(argv)) if script == "Q3.py" else dataset_split.main(argv)
     except SystemExit as stop:
         return stop.code
     return 0
 
 
-def forked(*words) -> Forked:
-    """A run with the small network in a process of its own, which a test may kill."""
-    return Forked(_run_small, list(map(str, words)))
+def forked(*words, rank: int = 0, of: int = 1, port: int = 0) -> Forked:
+    """A run with the small network in a process of its own, which a test may kill; or one of
+    several that are set up as torchrun does it."""
+    return Forked(_run_small, list(map(str, words)), rank, of, port)
 
 
-def _run_small(words: list[str]) -> None:
-    Q3.resnet50 = small_resnet
-    sys.stdout = sys.stderr = open("output.txt", "a")
-    os._exit(call("Q3.py", *words))
+def _run_small(words: list[str], rank: int, of: int, port: int) -> None:
+    Q3.resnet50, Q3.draw_pictures = small_resnet, lambda *_: None
+    Q3.RANK = Q3.LOCAL_RANK = rank
+    Q3.WORLD_SIZE = Q3.LOCAL_WORLD_SIZE = of
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(of), MASTER_ADDR="localhost",
+                      MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open("output.txt", "a")  # noqa: SIM115 - this process ends with it
+    code = call("Q3.py", *words)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 @pytest.fixture
 def refused(capsys):
-    """Check that a command answers with exit code 2 and one line on stderr, and give that line."""
+    """Check that a command gives exit code 2 and one line on stderr, and return that line."""
     def refused(script: str, *argv) -> str:
         capsys.readouterr()
-        code = call(script, *argv)
+        assert call(script, *argv) == 2
         stderr = capsys.readouterr().err
-        assert code == 2, f"exit code {code}, stderr: {stderr}"
-        assert stderr.count("\n") == 1 and stderr.endswith("\n"), f"not one line: {stderr!r}"
+        assert re.fullmatch(".+\n", stderr), "not one line"
         return stderr
     return refused
+
+
+def load(file: str | Path) -> dict:
+    return torch.load(file, weights_only=True)
+
+
+def read_csv(file: str | Path) -> list[dict]:
+    with open(file, newline="") as stream:
+        return list(csv.DictReader(stream))

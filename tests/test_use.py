@@ -1,414 +1,592 @@
-"""What people do with it: a trained network used (--evaluate, --predict), and classes of their own."""
+"""Q3.py: weights and checkpoints, interrupted runs, several processes, trained networks in use."""
 
-import csv
 import io
 import json
 import os
 import re
-import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from urllib.error import URLError
 
+import benchmark_kills
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+import torchvision
+from conftest import (
+    COLOURS,
+    QUICK,
+    ROOT,
+    call,
+    draw_data,
+    draw_photo,
+    forked,
+    load,
+    read_csv,
+    small_resnet,
+    type_command,
+)
+from PIL import Image
 
 import dataset_split
 import Q3
-from conftest import QUICK, ROOT, call, draw_data, draw_photo
 
+
+def cut_off(file: Path) -> Path:
+    file.write_bytes(file.read_bytes()[:-200])
+    return file
+
+
+def saved(value, name: str = "w.pth") -> Path:
+    torch.save(value, name)
+    return Path(name)
+
+
+def flipped(file: Path, found: bytes) -> Path:
+    """Change one bit in the first place where the file holds these bytes."""
+    content = bytearray(file.read_bytes())
+    content[content.index(found)] ^= 4
+    file.write_bytes(content)
+    return file
+
+
+class Malicious:
+    def __reduce__(self):
+        return exec, ("open('executed', 'w')",)
+
+
+# -- Weights ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: "nowhere.pth", "is no file, nor one of IMAGENET1K_V1, IMAGENET1K_V2"),
+    (lambda: ".", "is no file"),
+    (lambda: cut_off(saved({"a": torch.zeros(99)})), "a file of tensors"),
+    (lambda: (Path("w.pth").write_text("a poem"), "w.pth")[1], "a file of tensors"),
+    (lambda: saved(Malicious()), "exec"),
+    (lambda: flipped(saved({"a": torch.ones(99)}), b"\0\0\x80\x3f" * 9), "damaged in its part 'w/"),
+    (lambda: saved(torch.zeros(3)), "is not of a ResNet50"), (lambda: saved({}), "is not of a"),
+    (lambda: saved({5: "x"}), "is not of a ResNet50"), (lambda: saved([1]), "is not of a ResNet50"),
+    (lambda: saved(torchvision.models.mobilenet_v3_small().state_dict()), "is not of a ResNet50"),
+    (lambda: saved(torchvision.models.wide_resnet50_2().state_dict()), "size mismatch for layer1")])
+def test_weights_that_are_none_of_a_resnet50(shared_data, refused, make, words):
+    line = refused("Q3.py", "--data", shared_data, "--weights", make(), "--fraction", 1.0)
+    assert words in line and not Path("executed").exists() and not Path("runs").exists()
+
+
+def test_weights_come_from_a_file_in_whatever_it_is_wrapped(small_network):
+    state = load("small.pth")
+    for value in (state, {"model": state, "epoch": 3}, {"state_dict": state}):
+        network = Q3.build_resnet50(7, str(saved(value)))
+        assert network.fc.weight.shape == (7, 512) and network.fc.weight.abs().max() <= 512 ** -0.5
+        assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items()
+                   if not name.startswith("fc."))
+    noise = Q3.build_resnet50(7, "none").state_dict()
+    assert not torch.equal(noise["conv1.weight"], state["conv1.weight"])
+
+
+def test_weights_by_name_come_from_torchvision_with_a_hash_check(small_network, monkeypatch,
+                                                                 refused, shared_data):
+    asked = []
+    def fetch(self, **options):
+        asked.append((self.name, options))
+        return load("small.pth")
+    monkeypatch.setattr(Q3.ResNet50_Weights, "get_state_dict", fetch)
+    assert Q3.get_args([]).weights == "IMAGENET1K_V2"
+    state = Q3.build_resnet50(3, "IMAGENET1K_V1").state_dict()
+    assert torch.equal(state["layer4.0.conv3.weight"], load("small.pth")["layer4.0.conv3.weight"])
+    assert asked == [("IMAGENET1K_V1", {"progress": True, "check_hash": True})]
+
+    def offline(self, **options):
+        raise URLError("Name or service not known")
+    monkeypatch.setattr(Q3.ResNet50_Weights, "get_state_dict", offline)
+    line = refused("Q3.py", "--data", shared_data, "--fraction", 1.0)
+    assert "https://download.pytorch.org/models/resnet50-11ad3fa6.pth and give --weights" in line
+
+
+# -- Photos that are damaged, or twice there -------------------------------------------------------
+
+def split_of(data: Path) -> dict:
+    return dataset_split.split(dataset_split.list_photos(data / "train"), 1.0, 0.2, 0)
+
+
+def test_damaged_photos_are_left_out_and_listed(quick_run, data, capsys):
+    split = split_of(data)
+    cut_off(data / "train" / (in_train := split["train"][3]))
+    (data / "train" / (in_val := split["val"][1])).write_text("a poem")
+    out = quick_run("out", data=data)
+    rows = {row["path"]: row["problem"] for row in read_csv(out / "damaged.csv")}
+    assert rows.keys() == {str(data / "train" / path) for path in (in_train, in_val)}
+    assert all("photo" in problem for problem in rows.values())
+    assert "2 damaged photos, see out/damaged.csv" in capsys.readouterr().out
+    assert load(out / "last.pt")["checksums"].keys() == (
+        {*split["train"], *split["val"]} - {in_train, in_val})
+    before = benchmark_kills.result(out)
+    assert call("Q3.py", "--resume", out) == 0
+    assert benchmark_kills.equal(benchmark_kills.result(out), before)
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda data: (data / "val/Aves/01.jpg").write_text("a poem"), "photos that the test"),
+    (lambda data: [file.write_bytes(b"") for file in data.glob("train/Fungi/*")], "train part"),
+    (lambda data: [cut_off(data / "train" / path) for path in split_of(data)["val"]
+                   if path.startswith("Fungi")], "2 damaged photos that the val part needs"),
+    (lambda data: shutil.rmtree(data), dataset_split.ARCHIVE),
+    (lambda data: shutil.rmtree(data / "val/Fungi"), "only train has 'Fungi'")])
+def test_photos_without_which_there_is_no_run(small_network, data, refused, spoil, words):
+    spoil(data)
+    assert words in refused("Q3.py", "--data", data, *QUICK, "--out", "out")
+    assert not Path("out/last.pt").exists()
+
+
+def test_same_photos_in_two_parts_or_classes_are_reported(quick_run, data, capsys):
+    split = split_of(data)
+    aves, fungi, held_out = ([path for path in split[part] if path.startswith(name)] for part, name
+                             in (("train", "Aves"), ("train", "Fungi"), ("val", "Aves")))
+    for source, copy in ((aves[0], held_out[0]), (aves[1], fungi[0]), (aves[2], aves[3])):
+        shutil.copy(data / "train" / source, data / "train" / copy)
+    shutil.copy(data / "train" / aves[4], data / "val/Aves/02.jpg")
+    rows = read_csv(quick_run("out", data=data) / "same_photos.csv")
+    assert {tuple(row.values()) for row in rows} == {
+        (f"train/{aves[0]}", f"train/{held_out[0]}", "train val", "same"),
+        (f"train/{aves[1]}", f"train/{fungi[0]}", "train train", "different"),
+        (f"train/{aves[4]}", "val/Aves/02.jpg", "train test", "same")}
+    assert "3 times in two parts or classes" in capsys.readouterr().out
+
+
+# -- Interrupted and resumed runs ------------------------------------------------------------------
+
+def interrupt(monkeypatch, owner, name: str, number: int) -> None:
+    """Send this process SIGINT when the function is called for the so-manieth time."""
+    function, calls = getattr(owner, name), iter(range(1, 1000))
+    def interrupted(*args, **options):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return function(*args, **options)
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.fixture(scope="module")
+def left_alone(shared_data, small_weights, tmp_path_factory):
+    """What a run of two epochs ends with that nobody interrupts."""
+    ends = {}
+    def left_alone(recipe: str) -> dict:
+        if recipe not in ends:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Q3, "resnet50", small_resnet)
+                patch.chdir(tmp_path_factory.mktemp("alone"))
+                assert call("Q3.py", "--data", shared_data, "--weights", small_weights, *QUICK[2:],
+                            "--epochs", 2, "--recipe", recipe, "--out", "out") == 0
+                ends[recipe] = benchmark_kills.result(Path("out"))
+        return ends[recipe]
+    return left_alone
+
+
+def ends_like(out: str | Path, expected: dict) -> bool:
+    """Whether a run ended with these bits. (The weights may be named by another path.)"""
+    found = benchmark_kills.result(Path(out))
+    for name in ("best.pt", "last.pt"):
+        found[name]["options"]["weights"] = expected[name]["options"]["weights"]
+    return benchmark_kills.equal(found, expected)
+
+
+SCALER = torch.amp.GradScaler
+
+
+@pytest.mark.parametrize("recipe", ["tuned", "reference"])
+@pytest.mark.parametrize("owner, name, number", [
+    (Q3, "read_photo", 5), (Q3, "fit_head", 1), (SCALER, "step", 2), (SCALER, "step", 5),
+    (Q3, "fit_temperature", 1), (Q3, "best_epoch", 2), (os, "replace", 1), (os, "replace", 3),
+    (os, "fsync", 1), (os, "fsync", 3), (Q3, "write_csv", 2), (Q3, "score", 1)])
+def test_interrupted_run_ends_as_one_left_alone(small_network, shared_data, left_alone, monkeypatch,
+                                                capsys, recipe, owner, name, number):
+    words = ("--data", shared_data, *QUICK, "--epochs", 2, "--recipe", recipe)
+    with monkeypatch.context() as patch:
+        interrupt(patch, owner, name, number)
+        code = call("Q3.py", *words, "--out", "out")
+    if code == 0:
+        assert recipe == "reference" and name in ("fit_head", "fit_temperature", "best_epoch")
+    else:
+        said, going = capsys.readouterr().err, Path("out/last.pt").exists()
+        assert code == 130 and said.count("\n") == 1 and not list(Path().glob("out/*.tmp"))
+        assert re.search(r"go on with: python \S+ --resume out\n$" if going else
+                         r"nothing was kept, type the command again\n$", said)
+        assert call("Q3.py", *(("--resume", "out") if going else (*words, "--out", "out"))) == 0
+    assert ends_like("out", left_alone(recipe))
+
+
+def test_resumed_run_may_move_with_its_photos_and_use_another_cache(small_network, data,
+                                                                    monkeypatch, left_alone):
+    words = ("--data", data, *QUICK, "--epochs", 2)
+    with monkeypatch.context() as patch:
+        interrupt(patch, SCALER, "step", 5)
+        assert call("Q3.py", *words, "--out", "out") == 130
+    data.rename("moved")
+    Path("small.pth").unlink()
+    Path("out").rename("elsewhere")
+    Path("sub").mkdir()
+    monkeypatch.chdir("sub")
+    assert call("Q3.py", "--resume", "../elsewhere", "--data", "../moved", "--cache", "new",
+                "--workers", 2) == 0
+    assert ends_like("../elsewhere", left_alone("tuned"))
+
+
+def test_finished_run_is_resumed_to_the_same_end(quick_run):
+    before = benchmark_kills.result(out := quick_run("out"))
+    (out / "test.json").unlink()
+    (out / "split.json").rename("split.json")
+    (out / "config.json").write_text("for people: nothing reads it back")
+    for name in (".last.pt.12.tmp", ".best.pt.12.tmp", ".history.csv.12.tmp", "notes.tmp"):
+        (out / name).touch()
+    assert call("Q3.py", "--resume", out) == 0
+    assert [file.name for file in out.glob("*.tmp")] == ["notes.tmp"], "a kill's leftovers are gone"
+    Path("split.json").rename(out / "split.json")
+    assert benchmark_kills.equal(benchmark_kills.result(out), before)
+
+
+def changed(file: Path, **values) -> None:
+    torch.save(load(file) | values, file)
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda data, out: draw_photo(data / "train/Aves/03.jpg", (0, 0, 0), 77),
+     "1 photos are not as when the run began, 'Aves/03.jpg' for one"),
+    (lambda data, out: (data / "train/Aves/03.jpg").unlink(), "'Aves/03.jpg'"),
+    (lambda data, out: shutil.rmtree(out), "last.pt' can't be read"),
+    (lambda data, out: (out / "last.pt").unlink(), "last.pt' can't be read"),
+    (lambda data, out: cut_off(out / "last.pt"), "a file of tensors"),
+    (lambda data, out: changed(out / "last.pt", format=2), "(format 2, not"),
+    (lambda data, out: shutil.copy(out / "best.pt", out / "last.pt"),
+     "last.pt' lacks "),
+    (lambda data, out: saved(load(out / "last.pt")["model"], out / "last.pt"),
+     "is no checkpoint of this version of Q3.py (format None"),
+    (lambda data, out: saved([1], out / "last.pt"), "is no checkpoint of this version"),
+    (lambda data, out: saved(Malicious(), out / "last.pt"), "a file of tensors"),
+    (lambda data, out: flipped(out / "last.pt", load(out / "last.pt")["model"]["fc.weight"]
+                               .numpy().tobytes()[:64]), "damaged in its part ")])
+def test_run_that_cannot_be_resumed(quick_run, data, refused, monkeypatch, spoil, words):
+    with monkeypatch.context() as patch:
+        interrupt(patch, Q3, "train_epoch", 2)
+        with suppress(AssertionError):
+            quick_run("out", "--epochs", 2, data=data)
+    spoil(data, Path("out"))
+    monkeypatch.setattr(Q3.PIL, "__version__", "99")
+    line = refused("Q3.py", "--resume", "out", "--data", data)
+    assert words in line and not Path("executed").exists()
+    if "as when" in line:
+        then = load("out/last.pt")["versions"]["pillow"]
+        assert "Pillow" in line and then in line and "99" in line
+
+
+@pytest.mark.parametrize("name", ["last.pt", "test.json"])
+def test_out_that_holds_a_run_or_can_be_no_folder(small_network, shared_data, refused, name):
+    Path("out").mkdir()
+    Path("out", name).write_text("earlier")
+    flags = ("--data", shared_data, *QUICK, "--out")
+    assert "already holds a run" in refused("Q3.py", *flags, "out")
+    assert os.listdir("out") == [name] and Path("out", name).read_text() == "earlier"
+    for out in (Path("out", name), Path("out", name, "inside")):
+        assert "can't be the run's folder" in refused("Q3.py", *flags, out)
+
+
+@pytest.mark.parametrize("name, number", [("replace", 5 + 2), ("fsync", 5 + 3)])
+def test_full_disk_while_saving_keeps_the_last_good_checkpoint(
+        small_network, shared_data, left_alone, refused, monkeypatch, name, number):
+    function, calls = getattr(os, name), iter(range(1, 99))
+    def full(*args):
+        if next(calls) == number:
+            raise OSError(28, "No space left on device")
+        return function(*args)
+    words = ("--data", shared_data, *QUICK, "--epochs", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, full)
+        line = refused("Q3.py", *words, "--out", "out")
+    assert re.search("can't be written: .*No space left on device", line)
+    assert load("out/last.pt")["epoch"] in (0, 1) and not list(Path("out").glob("*.tmp"))
+    assert call("Q3.py", "--resume", "out") == 0 and ends_like("out", left_alone("tuned"))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("2 GiB"), MemoryError()])
+def test_out_of_memory_says_what_to_try(small_network, shared_data, monkeypatch, refused, error):
+    def full(*_):
+        raise error
+    monkeypatch.setattr(Q3, "train_epoch", full)
+    line = refused("Q3.py", "--data", shared_data, *QUICK, "--out", "out")
+    assert f"out of memory ({error})" in line and "smaller --batch-size" in line
+    error = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        call("Q3.py", "--data", shared_data, *QUICK)
+
+
+def test_sigterm_as_a_scheduler_sends_it(shared_data, tmp_path):
+    running = type_command("Q3.py", "--data", shared_data, *QUICK[2:], "--from-scratch", "--epochs",
+                           4000, "--out", "a run", cwd=tmp_path, start=subprocess.Popen)
+    while "    1 |" not in (line := running.stdout.readline()):
+        assert line, running.stderr.read()
+    running.terminate()
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130 and errors == (
+        f"Q3.py: interrupted: go on with: python {ROOT / 'Q3.py'} --resume 'a run'\n")
+    assert load("a run/last.pt")["epoch"] >= 1
+
+
+def test_two_runs_at_once_share_a_cache(small_network, shared_data):
+    words = ("--data", shared_data, *QUICK, "--epochs", 2)
+    both = [forked(*words, "--out", name) for name in ("one", "two")]
+    assert [running.wait() for running in both] == [0, 0]
+    assert forked(*words, "--cache", "own", "--out", "alone").wait() == 0
+    alone = benchmark_kills.result(Path("alone"))
+    assert all(benchmark_kills.equal(benchmark_kills.result(Path(name)), alone)
+               for name in ("one", "two"))
+
+
+# -- Several processes -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("processes, precision", [(2, "off"), (2, "bf16"), (4, "off")])
+def test_several_processes_give_the_result_of_one(quick_run, data, processes, precision):
+    """Four of them with 3 validation photos, so that one has none."""
+    if processes == 4:
+        for file in data.glob("train/*/0[5-9].jpg"):
+            file.unlink()
+    flags = ("--epochs", 2, "--amp", precision, "--lr-head", 1e-5, "--lr-backbone", 1e-7)
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    running = [forked("--data", data, *QUICK, *flags, "--out", "both", "--cache", "other",
+                      rank=rank, of=processes, port=port) for rank in range(processes)]
+    alone, said = quick_run("alone", *flags, data=data), Path("output.txt").read_text
+    assert [each.wait() for each in running] == [0] * processes, said()
+    assert f"processes: {processes}" in said() and "Warning" not in said()
+    assert said().count("Epoch |") == said().count("Test of epoch") == 1
+    tolerance = 1e-3 if precision == "off" else 5e-2
+    for one, two in zip(read_csv(alone / "history.csv"), read_csv("both/history.csv"), strict=True):
+        for key in ("train_loss", "train_acc", "val_loss", "val_acc"):
+            assert float(one[key]) == pytest.approx(float(two[key]), rel=tolerance, abs=3e-4), key
+    one, two = ({row["path"]: float(row["confidence"]) for row in read_csv(out / "predictions.csv")}
+                for out in (alone, Path("both")))
+    assert one == pytest.approx(two, abs=tolerance)
+    one, two = (load(out / "last.pt")["optimizer"]["state"] for out in (alone, Path("both")))
+    for key in one:  # the mean gradient: Adam's steps are the same for any multiple of it
+        mean = one[key]["exp_avg"]
+        assert (mean - two[key]["exp_avg"]).norm() < 100 * tolerance * mean.norm()
+
+
+def test_error_of_one_process_is_said_once(data, weights, tmp_path):
+    """As torchrun starts them; its own report comes after that line."""
+    (data / "val/Fungi/01.jpg").write_text("a poem")
+    done = type_command("-m torch.distributed.run --standalone", "--nproc-per-node=2",
+                        ROOT / "Q3.py", "--data", data, "--weights", weights, *QUICK[2:], "--out",
+                        "out", cwd=tmp_path)
+    assert done.returncode != 0 and done.stderr.count("Fungi/01.jpg") == 1
+    assert re.search(r"^Q3.py: .*Fungi/01.jpg' is no photo", done.stderr, re.MULTILINE)
+
+
+def test_what_several_processes_cannot_do(small_network, shared_data, monkeypatch, refused):
+    model = Q3.FineTuned(Q3.build_resnet50(3, "none"), 6, torch.device("cpu"))
+    monkeypatch.setattr(Q3, "WORLD_SIZE", 2)
+    with pytest.raises(dataset_split.InputError, match="use one process"):
+        Q3.data_parallel(model)
+
+
+# -- A trained network in use ----------------------------------------------------------------------
 
 @pytest.fixture
-def trained(small_network, shared_data, tmp_path):
-    """A run's folder."""
-    assert call("Q3.py", "--data", shared_data, *QUICK, "--out", "first") == 0
-    return tmp_path / "first"
+def trained(quick_run):
+    return quick_run("first")
 
 
 @pytest.fixture
 def predicted(capsys, monkeypatch):
     """The rows that --predict prints."""
-    def predicted(*words, listed: str = "") -> list[dict]:
+    def predicted(*words, listed: str = "") -> list[list[str]]:
         capsys.readouterr()
-        monkeypatch.setattr("sys.stdin", io.StringIO(listed))
+        stream = io.TextIOWrapper(io.BytesIO(os.fsencode(listed)), encoding="utf-8")
+        monkeypatch.setattr("sys.stdin", stream)
         assert call("Q3.py", "--predict", *words) == 0
-        return list(csv.DictReader(io.StringIO(capsys.readouterr().out), delimiter="\t", quoting=csv.QUOTE_NONE))
+        rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+        assert rows[0][:3] == ["path", "class", "confidence"]
+        return rows[1:]
     return predicted
 
 
-def read_csv(file: Path) -> list[dict]:
-    with open(file, newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 @pytest.mark.parametrize("flags", [(), ("--recipe", "reference"), ("--from-scratch",)])
-def test_evaluate_gives_what_training_gave_to_the_last_digit(flags, small_network, shared_data, capsys):
+def test_evaluate_gives_what_training_gave_to_the_digit(flags, small_network, shared_data, capsys):
     quick = QUICK[2:] if flags == ("--from-scratch",) else QUICK
     assert call("Q3.py", "--data", shared_data, *quick, *flags, "--out", "first") == 0
-    report = capsys.readouterr().out.split(" photos: accuracy")[1].split("\n\nCheckpoints")[0]
-    for out, more in (("again", ()), ("third", ("--data", shared_data / "val", "--no-cache", "--batch-size", 5))):
+    report = capsys.readouterr().out.split("\nTest of epoch")[1].split("\n\nCheckpoints")[0]
+    for out, *more in (["again"], ["third", "--data", shared_data / "val", "--cache", "none"]):
         assert call("Q3.py", "--evaluate", "first/best.pt", "--out", out, *more) == 0
-        assert capsys.readouterr().out.rstrip().endswith(report)
-        assert Path(out, "predictions.csv").read_bytes() == Path("first/predictions.csv").read_bytes()
-        assert json.loads(Path(out, "test.json").read_text()) | {"same_photos": 0} == json.loads(Path("first/test.json").read_text())
-        assert sorted(file.name for file in Path(out).iterdir()) == ["predictions.csv", "test.json"]
+        assert report in capsys.readouterr().out
+        assert sorted(os.listdir(out)) == ["predictions.csv", "test.json"]
+        for name in os.listdir(out):
+            assert Path(out, name).read_bytes() == Path("first", name).read_bytes()
 
 
-def test_evaluate_on_some_of_the_classes(trained, shared_data, data, capsys):
-    shutil.rmtree(data / "val" / "Fungi")
-    assert call("Q3.py", "--evaluate", trained / "best.pt", "--data", data, "--out", "some") == 0
-    assert "Note        only the checkpoint has 'Fungi'" in capsys.readouterr().out
-    kept = {row["path"]: row for row in read_csv(trained / "predictions.csv") if row["label"] != "Fungi"}
-    assert {row["path"]: row["predicted"] for row in read_csv(Path("some/predictions.csv"))} == {path: row["predicted"] for path, row in kept.items()}
-    assert json.loads(Path("some/test.json").read_text())["classes"] == ["Aves", "Fungi", "Insecta"], "the order is the checkpoint's"
-
-
-def test_evaluate_says_what_it_cannot_use(trained, data, refused, tmp_path, monkeypatch):
-    best = trained / "best.pt"
-    assert "--out 'first' already holds a run" in refused("Q3.py", "--evaluate", best, "--out", "first")
-    (data / "val" / "Aves").rename(data / "val" / "Vögel")
-    line = refused("Q3.py", "--evaluate", best, "--data", data, "--out", "other")
-    assert "has classes that" in line and "only the checkpoint has 'Aves'; only the folder has 'Vögel'" in line and not Path("other").exists()
-    assert "no data folder 'nowhere'" in refused("Q3.py", "--evaluate", best, "--data", "nowhere")
-    assert "--evaluate 'nothing.pt': no such file" in refused("Q3.py", "--evaluate", "nothing.pt")
-    with monkeypatch.context() as moved:
-        moved.setattr("os.path.isdir", lambda place, isdir=os.path.isdir: str(place) != str(torch.load(best, weights_only=True)["options"]["data"]) and isdir(place))
-        assert "its photos were in" in (line := refused("Q3.py", "--evaluate", best, "--out", "other")) and "with --data" in line
-    assert "a state dict, which --weights takes" in refused("Q3.py", "--evaluate", "small.pth")
-    assert "leave --epochs out" in refused("Q3.py", "--evaluate", best, "--epochs", 3)
-    draw_photo(data / "val" / "Vögel" / "00.jpg", (1, 2, 3), 1)
-    (data / "val" / "Vögel").rename(data / "val" / "Aves")
-    (data / "val" / "Aves" / "01.jpg").write_bytes(b"no photo")
-    assert "01.jpg' is no photo" in refused("Q3.py", "--evaluate", best, "--data", data, "--out", "other")
-    checkpoint = torch.load(best, weights_only=True)
-    for key, value, words in (("preprocessing", {}, "prepared in another way"), ("options", {"zeal": 3}, "'zeal'"), ("classes", ["Aves"], "damaged")):
-        torch.save({**checkpoint, key: value}, "spoilt.pt")
-        assert words in refused("Q3.py", "--evaluate", "spoilt.pt")
-
-
-def test_evaluate_with_a_spoilt_list_of_test_photos_or_without_a_number_of_workers(trained, shared_data, refused):
-    checkpoint = torch.load(trained / "best.pt", weights_only=True)
-    torch.save({**checkpoint, "test": 5}, "spoilt.pt")
-    assert "damaged" in refused("Q3.py", "--evaluate", "spoilt.pt", "--data", shared_data / "train")
-    del checkpoint["options"]["workers"]
-    torch.save(checkpoint, "other.pt")
-    assert call("Q3.py", "--evaluate", "other.pt", "--no-cache", "--out", "other") == 0
+def test_evaluate_on_other_photos(trained, shared_data, data, refused, capsys):
+    best, other = trained / "best.pt", ("--data", data, "--out", "other")
+    assert call("Q3.py", "--evaluate", best, "--data", shared_data / "train", "--out", "own") == 0
+    assert "Note        30 of the photos took part in training" in capsys.readouterr().out
+    shutil.rmtree(data / "val/Fungi")
+    assert call("Q3.py", "--evaluate", best, "--data", data, "--out", "some") == 0
+    assert "took part" not in capsys.readouterr().out
+    assert read_csv("some/predictions.csv") == [
+        row for row in read_csv(trained / "predictions.csv") if row["label"] != "Fungi"]
+    assert json.loads(Path("some/test.json").read_text())["classes"] == list(COLOURS)
+    (data / "val/Aves").rename(data / "val/Vögel")
+    line = refused("Q3.py", "--evaluate", best, *other)
+    assert "has classes that the network has not learnt" in line and "the folder has 'V" in line
+    shutil.rmtree(data / "val/Vögel")
+    (data / "val/Insecta/01.jpg").write_bytes(b"no photo")
+    assert "01.jpg' is no photo" in refused("Q3.py", "--evaluate", best, *other)
+    assert "already holds a run" in refused("Q3.py", "--evaluate", best, "--out", "first")
+    assert "'nothing.pt' can't be read" in refused("Q3.py", "--evaluate", "nothing.pt")
+    assert "give it to --weights" in refused("Q3.py", "--evaluate", "small.pth")
 
 
 def test_predict_agrees_with_predictions_csv(trained, shared_data, predicted):
-    rows = predicted(trained / "best.pt", shared_data / "val")
-    assert list(rows[0]) == ["path", "class", "confidence", "class_2", "confidence_2", "class_3", "confidence_3"]
-    assert len(rows) == 12
-    for row, known in zip(rows, read_csv(trained / "predictions.csv"), strict=True):
-        assert row["path"] == str(shared_data / "val" / known["path"]) and row["class"] == known["predicted"]
-        assert float(row["confidence"]) == pytest.approx(float(known["confidence"]), abs=1e-4)
-        shares = [float(row[key]) for key in ("confidence", "confidence_2", "confidence_3")]
+    rows, known = predicted(trained / "best.pt", shared_data / "val"), read_csv(
+        trained / "predictions.csv")
+    for (path, *cells), row in zip(rows, known, strict=True):
+        assert path == str(shared_data / "val" / row["path"]) and cells[0] == row["predicted"]
+        assert float(cells[1]) == pytest.approx(float(row["confidence"]), abs=1e-4)
+        shares = list(map(float, cells[1::2]))
         assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(1, abs=2e-4)
-        assert {row["class"], row["class_2"], row["class_3"]} == {"Aves", "Fungi", "Insecta"}
-
-
-def test_predict_needs_nothing_but_the_checkpoint(trained, shared_data, predicted, monkeypatch, tmp_path):
-    """Neither the data set nor the weights nor the cache; and it leaves nothing behind."""
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    shutil.copy(trained / "best.pt", elsewhere)
-    shutil.copy(next((shared_data / "val").rglob("*.jpg")), elsewhere / "a.jpg")
-    monkeypatch.chdir(elsewhere)
-    (tmp_path / "small.pth").unlink()
-    monkeypatch.setattr(Q3, "find_data", None)
-    assert len(predicted("best.pt", "a.jpg")) == 1
-    assert sorted(file.name for file in elsewhere.iterdir()) == ["a.jpg", "best.pt"]
-
-
-def test_network_that_was_trained_on_a_gpu_is_used_without_one(trained, shared_data, predicted, refused, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    checkpoint = torch.load(trained / "best.pt", weights_only=True)
-    torch.save({**checkpoint, "options": {**checkpoint["options"], "device": "cuda"}}, "cuda.pt")
-    photo = next(shared_data.rglob("*.jpg"))
-    assert predicted("cuda.pt", photo) == predicted(trained / "best.pt", photo)
-    assert "--device cuda: this machine" in refused("Q3.py", "--predict", "cuda.pt", photo, "--device", "cuda")
+        assert set(cells[::2]) == COLOURS.keys()
 
 
 def test_predict_walks_folders_and_reads_lists_and_goes_on_after_damaged_photos(trained, predicted):
+    """And needs nothing but the checkpoint, and leaves nothing behind."""
     for name in ("deep/er/b.jpg", "deep/c.png", "deep/.hidden.jpg", "odd\tname.jpg"):
         draw_photo(Path(name), (200, 60, 40), 3)
+    os.rename("odd\tname.jpg", odd := os.fsdecode(b"caf\xe9\t.jpg"))
     Path("deep/d.jpg").write_bytes(b"no photo")
     Path("deep/notes.txt").write_text("no photo either")
     Path("empty").mkdir()
-    best = trained / "best.pt"
-    Path("empty/locked").mkdir()
-    rows = predicted(best, "deep", "odd\tname.jpg", "missing.jpg", "empty", "deep/notes.txt")
-    assert [(row["path"], row["class"] == "error") for row in rows] == [
-        ("deep/c.png", False), ("deep/d.jpg", True), ("deep/er/b.jpg", False), ("odd\\tname.jpg", False), ("missing.jpg", True), ("empty", True), ("deep/notes.txt", True)]
-    assert "not there" in rows[4]["confidence"] and "a folder that holds no photos" in rows[5]["confidence"]
-    listed = "deep\nodd\tname.jpg\n\nmissing.jpg\nempty\ndeep/notes.txt\n"
-    assert predicted(best, listed=listed) == predicted(best, "-", listed=listed) == predicted(best, "--batch-size", 2, listed=listed) == rows
-    assert predicted(best, listed="") == []
+    Path("small.pth").unlink()
+    (trained / "best.pt").rename("best.pt")
+    before = sorted(Path().rglob("*"))
+    places = ["deep", odd, "missing.jpg", "empty", "deep/notes.txt"]
+    rows = predicted("best.pt", *places)
+    assert [(row[0], row[1] == "error") for row in rows] == [
+        ("deep/c.png", False), ("deep/d.jpg", True), ("deep/er/b.jpg", False),
+        ("caf\\udce9 .jpg", False), ("missing.jpg", True), ("empty", True),
+        ("deep/notes.txt", True)]
+    listed = "\n".join(places).replace("missing", "\r\nmissing") + "\n"
+    assert predicted("best.pt", listed=listed) == predicted("best.pt", "-", listed=listed) == rows
+    assert predicted("best.pt", *places, "--batch-size", 2) == rows
+    assert predicted("best.pt") == [] and sorted(Path().rglob("*")) == before
 
 
-def test_predict_takes_names_of_any_bytes(trained, predicted, capsys):
-    odd = os.fsdecode(b"caf\xe9.jpg")
-    draw_photo(Path("plain.jpg"), (200, 60, 40), 3)
-    os.rename("plain.jpg", odd)
-    rows = predicted(trained / "best.pt", listed=f"{odd}\r\nzero\0byte.jpg\n")
-    assert [row["class"] == "error" for row in rows] == [False, True]
+def test_network_that_was_trained_on_a_gpu_is_used_without_one(trained, shared_data, predicted,
+                                                               refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    checkpoint, photo = load(trained / "best.pt"), next(shared_data.rglob("*.jpg"))
+    changed(trained / "best.pt", options=checkpoint["options"] | {"device": "cuda", "amp": "fp16"})
+    assert len(predicted(trained / "best.pt", photo)) == 1
+    words = ("--predict", trained / "best.pt", photo)
+    assert "--device cuda: 1 needed, 0 found" in refused("Q3.py", *words, "--device", "cuda")
+    assert "a file of tensors" in refused("Q3.py", "--predict", photo, photo)
 
 
-def test_predict_says_what_it_cannot_use(trained, refused, monkeypatch):
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
-    assert "name photos or folders" in refused("Q3.py", "--predict", trained / "best.pt")
-    assert "--predict 'nothing.pt': no such file" in refused("Q3.py", "--predict", "nothing.pt", "a.jpg")
-    assert "a folder, not a checkpoint" in refused("Q3.py", "--predict", trained, "a.jpg")
-    assert "leave --freeze out" in refused("Q3.py", "--predict", trained / "best.pt", "a.jpg", "--freeze", 3)
-    monkeypatch.setattr(Q3, "PROCESSES", 2)
-    assert "--predict is for a single process" in refused("Q3.py", "--predict", trained / "best.pt", "a.jpg")
-
-
-def test_predict_of_two_classes_and_of_a_large_photo(small_network, predicted, tmp_path):
-    data = draw_data(tmp_path / "two", classes={"cat": (200, 60, 40), "dog": (60, 80, 210)})
-    assert call("Q3.py", "--data", data, *QUICK, "--recipe", "reference", "--out", "two-classes") == 0
-    Image.new("L", (900, 300)).save("grey.png")
-    row, = predicted("two-classes/best.pt", "grey.png")
-    assert list(row) == ["path", "class", "confidence", "class_2", "confidence_2"] and {row["class"], row["class_2"]} == {"cat", "dog"}
-
-
-# -- photos of one's own ----------------------------------------------------------------------------------------------
-
-def of_ones_own(folder: Path, classes: list[str], count: int = 6) -> Path:
+def of_ones_own(folder: Path, classes, count: int = 6) -> Path:
     """Class folders and nothing else."""
     data = draw_data(folder, train=count, val=0, classes=classes)
-    for name in classes:
-        (data / "train" / name).rename(data / name)
+    for place in (data / "train").iterdir():
+        place.rename(data / place.name)
     (data / "train").rmdir()
     return data
 
 
-def test_class_folders_alone_are_enough(small_network, tmp_path, capsys):
-    """A test part is set aside, whatever --fraction and --seed; --evaluate finds the same one; nothing is written into the folder."""
+def test_class_folders_alone_are_enough(quick_run, tmp_path, capsys, refused):
+    """A test part is set aside, whatever the seed; --evaluate finds it; the folder stays as is."""
     data = of_ones_own(tmp_path / "mine", ["cat", "dog", "émeu"], 10)
     before = sorted(data.rglob("*"))
-    assert call("Q3.py", "--data", data, *QUICK, "--out", "mine-1") == 0
-    out = capsys.readouterr().out
-    assert "18 training, 6 validation, 6 test; 3 classes" in out and "Test        0.2 of each class, set aside first" in out
-    tested = [row["path"] for row in read_csv(Path("mine-1/predictions.csv"))]
-    split = json.loads(Path("mine-1/split.json").read_text())
-    assert tested == split["test"] and not set(tested) & {*split["train"], *split["val"]}
-    assert call("Q3.py", "--data", data, *QUICK, "--seed", 1, "--fraction", 0.5, "--out", "mine-2") == 0
-    assert [row["path"] for row in read_csv(Path("mine-2/predictions.csv"))] == tested
-    assert call("Q3.py", "--evaluate", "mine-1/best.pt", "--out", "again") == 0
-    assert Path("again/predictions.csv").read_bytes() == Path("mine-1/predictions.csv").read_bytes()
-    assert call("Q3.py", "--data", data, *QUICK[:2], *QUICK[4:], "--split", "mine-1/split.json", "--out", "mine-3") == 0
-    assert Path("mine-3/predictions.csv").read_bytes() == Path("mine-1/predictions.csv").read_bytes()
-    assert call("Q3.py", "--resume", "mine-1") == 0 and sorted(data.rglob("*")) == before
+    first = quick_run("mine-1", data=data)
+    assert "18 train, 6 val, 6 test" in capsys.readouterr().out
+    tested, split = read_csv(first / "predictions.csv"), load(first / "best.pt")["split"]
+    assert sorted(row["path"] for row in tested) == split["test"]
+    assert not set(split["test"]) & {*split["train"], *split["val"]}
+    second = quick_run("mine-2", "--seed", 1, "--fraction", 0.5, data=data)
+    assert load(second / "best.pt")["split"]["test"] == split["test"]
+    assert call("Q3.py", "--evaluate", first / "best.pt", "--out", "again") == 0
+    assert read_csv("again/predictions.csv") == tested
+    assert call("Q3.py", "--data", data, *QUICK[:2], *QUICK[4:], "--split", first / "split.json",
+                "--out", "mine-3") == 0
+    assert read_csv("mine-3/predictions.csv") == tested and sorted(data.rglob("*")) == before
     capsys.readouterr()
-    assert call("Q3.py", "--data", data, *QUICK, "--test-fraction", 0.5, "--out", "mine-4") == 0
-    assert "12 training, 3 validation, 15 test" in capsys.readouterr().out
+    quick_run("mine-4", "--test-fraction", 0.5, data=data)
+    assert "12 train, 3 val, 15 test" in capsys.readouterr().out
+    for flags in (("--out", "mine/runs"), ("--cache", "mine/cache", "--out", "out")):
+        assert "would be taken for a class" in refused("Q3.py", "--data", data, *QUICK, *flags)
+    quick_run("mine-5", "--cache", "mine/.cache", data=data)
+    two = of_ones_own(tmp_path / "two", ["cat", "dog"])
+    assert len(predictions := read_csv(quick_run("two-classes", data=two) / "predictions.csv")) == 2
+    assert {row["predicted"] for row in predictions} <= {"cat", "dog"}
 
 
-def test_part_of_the_data_that_is_not_read_is_named(small_network, tmp_path, capsys):
-    for part in ("train", "val", "test"):
-        of_ones_own(tmp_path / "mine" / part, ["cat", "dog"], 5)
-    assert call("Q3.py", "--data", "mine", *QUICK) == 0
-    assert f"Note        '{Path('mine/test')}' is not read: test photos belong in val/" in capsys.readouterr().out
-    (tmp_path / "mine/test").rename(tmp_path / "mine/notes")
-    (tmp_path / "mine/test").touch()
-    assert dataset_split.unread_part(tmp_path / "mine") is None
-    (tmp_path / "mine/val").rename(tmp_path / "mine/Val")
-    found = dataset_split.unread_part(tmp_path / "mine")
-    assert found == tmp_path / "mine/Val" if dataset_split.test_folder(tmp_path / "mine") is None else found is None
+# -- The test's figures, and pictures --------------------------------------------------------------
+
+def test_report_counts_by_hand():
+    labels, predicted = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 0, 1])
+    logits = torch.nn.functional.one_hot(predicted, 3).float() * 9
+    report = Q3.test_report(logits, labels, ["a", "b", "c"], 1.0)
+    assert report["confusion"] == [[2, 1, 0], [1, 1, 0], [0, 1, 0]] and report["accuracy"] == 0.5
+    for row, counts in zip(report["per_class"].values(), ((2, 3), (1, 2), (0, 1))):
+        assert row.pop("recall_interval_95") == Q3.wilson_interval(*counts)
+    assert list(report["per_class"].values()) == [
+        pytest.approx({"photos": 3, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3}),
+        pytest.approx({"photos": 2, "precision": 1 / 3, "recall": 1 / 2, "f1": 0.4}),
+        {"photos": 1, "precision": 0, "recall": 0, "f1": 0}]
+    assert Q3.wilson_interval(80, 100) == pytest.approx((0.7112, 0.8666), abs=1e-4)
+    assert Q3.wilson_interval(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    # Two photos at 0.9, one of them right, and two at 0.6, both right: off by 0.4 and by 0.4
+    logits, labels = torch.tensor([[9.0, 1], [9, 1], [6, 4], [4, 6]]).log(), torch.arange(4) % 2
+    for temperature in (1.0, 2.0):
+        report = Q3.test_report(logits * temperature, labels, ["a", "b"], temperature)
+        assert report["calibration_error"] == pytest.approx(0.4, abs=1e-6)
+        loss = torch.nn.functional.cross_entropy(logits * temperature, labels)
+        assert report["loss"] == pytest.approx(loss.item()), "that of the network as it is"
 
 
-def test_evaluate_on_other_photos_of_the_same_names_tests_them_all(small_network, tmp_path, capsys, refused):
-    """Only where all test photos that were set aside are there is it these photos that are meant."""
-    assert call("Q3.py", "--data", of_ones_own(tmp_path / "mine", ["cat", "dog"], 10), *QUICK, "--out", "first") == 0
-    others = of_ones_own(tmp_path / "others", ["cat", "dog"], 5)
-    for file in others.glob("*/*"):
-        ImageOps.mirror(Image.open(file)).save(file)
-    capsys.readouterr()
-    assert call("Q3.py", "--evaluate", "first/best.pt", "--data", others, "--out", "again") == 0
-    assert "Photos      10 test; 2 classes" in capsys.readouterr().out
-    assert call("Q3.py", "--evaluate", "first/best.pt", "--out", "third") == 0
-    assert "Photos      4 test; 2 classes" in (out := capsys.readouterr().out) and "those set aside before training" in out
-    (tmp_path / "mine" / json.loads(Path("first/split.json").read_text())["test"][0]).unlink()
-    assert "16 of the photos in" in (line := refused("Q3.py", "--evaluate", "first/best.pt", "--out", "fourth")) and "put these back" in line
-
-
-def test_run_of_a_version_without_these_options_goes_on(trained, shared_data):
-    for name in ("best.pt", "last.pt"):
-        checkpoint = torch.load(trained / name, weights_only=True)
-        for key in ("demo", "test_fraction"):
-            del checkpoint["options"][key]
-        del checkpoint["test"]
-        torch.save(checkpoint, trained / name)
-    config = json.loads((trained / "config.json").read_text())
-    del config["options"]["demo"], config["options"]["test_fraction"]
-    dataset_split.write_json(trained / "config.json", config)
-    assert call("Q3.py", "--evaluate", trained / "best.pt", "--out", "again") == 0
-    assert call("Q3.py", "--resume", trained) == 0 and call("Q3.py", "--resume", trained) == 0
-
-
-@pytest.mark.parametrize("flags, words", [(("--out", "mine/runs/1"), "--out 'mine/runs/1' lies among the class folders"),
-                                          (("--out", "mine"), None), (("--cache", "mine/cache"), "--cache 'mine/cache' lies among"), (("--cache", "mine/.cache"), None)])
-def test_nothing_is_written_where_it_would_become_a_class(flags, words, small_network, tmp_path, refused):
-    of_ones_own(tmp_path / "mine", ["cat", "dog"], 5)
-    if words:
-        assert words in refused("Q3.py", "--data", "mine", *QUICK, *flags)
-        assert sorted(path.name for path in Path("mine").iterdir()) == ["cat", "dog"]
-    else:
-        assert call("Q3.py", "--data", "mine", *QUICK, *flags) == 0
-
-
-def test_no_cache_leaves_a_cache_alone_that_is_not_its_own(trained, shared_data):
-    Path("here/.cache").mkdir(parents=True)
-    Path("here/.cache/precious").touch()
-    assert call("Q3.py", "--evaluate", trained / "best.pt", "--no-cache", "--out", "here") == 0
-    assert sorted(path.name for path in Path("here").iterdir()) == [".cache", "predictions.csv", "test.json"] and Path("here/.cache/precious").exists()
-
-
-def test_evaluate_on_what_was_learnt_says_so(trained, shared_data, capsys):
-    assert call("Q3.py", "--evaluate", trained / "best.pt", "--data", shared_data / "train", "--out", "flattered") == 0
-    assert "Note        30 of the photos are such as the network learnt from or was chosen by" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("flags", [(), ("--freeze", 9), ("--from-scratch",)])
-def test_two_classes_and_many(flags, small_network, tmp_path):
-    quick = QUICK[2:] if flags == ("--from-scratch",) else QUICK
-    for count in (2, 40):
-        data = of_ones_own(tmp_path / f"{count}", [f"{index:03}" for index in range(count)], 5)
-        assert call("Q3.py", "--data", data, *quick, *flags, "--out", f"run-{count}") == 0
-        report = json.loads(Path(f"run-{count}/test.json").read_text())
-        assert len(report["classes"]) == len(report["confusion"]) == report["photos"] == count
-
-
-def test_damaged_photo_of_a_test_part_is_not_left_out(small_network, tmp_path, refused):
-    data = of_ones_own(tmp_path / "mine", ["cat", "dog"], 10)
-    path = dataset_split.set_test_aside(dataset_split.list_photos(data), 0.2)[1][0]
-    (data / path).write_bytes(b"no photo")
-    line = refused("Q3.py", "--data", data, *QUICK, "--skip-damaged", "--out", "first")
-    assert path in line and "Training is done" in line and "--skip-damaged" not in line
-    draw_photo(data / path, (200, 60, 40), 3)
-    assert call("Q3.py", "--resume", "first") == 0
-
-
-# -- pictures ---------------------------------------------------------------------------------------------------------
-
-def drawn(out: Path) -> dict[str, Image.Image]:
-    return {file.name: Image.open(file) for file in sorted(out.glob("*.png"))}
-
-
-def has(image: Image.Image, colour: str) -> bool:
-    pixels = np.asarray(image.convert("RGB")).astype(int)
-    return bool((abs(pixels - np.array([int(colour[place:place + 2], 16) for place in (1, 3, 5)])).sum(-1) < 8).any())
-
-
-def test_pictures_of_a_run_and_of_an_evaluation(small_network, shared_data, pictures, capsys):
-    assert call("Q3.py", "--data", shared_data, *QUICK, "--out", "first") == 0
-    images = drawn(Path("first"))
-    assert list(images) == ["confusion.png", "curves.png", "mistakes.png", "reliability.png"]
-    assert has(images["curves.png"], Q3.BLUE) and has(images["curves.png"], Q3.ORANGE) and has(images["reliability.png"], Q3.BLUE)
+def test_pictures_are_drawn(quick_run, shared_data, pictures, monkeypatch, capsys):
+    sizes = {file.name: Image.open(file).size for file in quick_run("first").glob("*.png")}
+    assert sizes.keys() == {"confusion.png", "curves.png", "mistakes.png", "reliability.png"}
+    assert min(min(size) for size in sizes.values()) > 200
     assert call("Q3.py", "--evaluate", "first/best.pt", "--out", "again") == 0
-    assert list(drawn(Path("again"))) == ["confusion.png", "mistakes.png", "reliability.png"]
-    for name, image in drawn(Path("again")).items():
-        assert image.tobytes() == images[name].tobytes(), name
+    assert {file.name for file in Path("again").glob("*.png")} == sizes.keys() - {"curves.png"}
     captured = capsys.readouterr()
     assert not captured.err and "Pictures" not in captured.out
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = quick_run("second")
+    assert capsys.readouterr().out.count("Pictures    skipped: matplotlib is not installed") == 1
+    assert not list(out.glob("*.png")) and (out / "test.json").exists()
 
 
-def test_run_without_matplotlib(small_network, shared_data, pictures, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert call("Q3.py", "--data", shared_data, *QUICK, "--out", "first") == 0
-    assert "Pictures    none, for want of matplotlib: pip install matplotlib" in capsys.readouterr().out
-    assert not list(Path("first").glob("*.png")) and Path("first/predictions.csv").exists()
-
-
-@pytest.mark.parametrize("classes, right", [(["a", "b"], True), (["$a$", "$\\frac{", "漢字", "x" * 200, "caf\udce9"], False), ([f"{index}" for index in range(150)], False)])
-def test_pictures_of_odd_tests(classes, right, pictures, capsys):
-    """No mistakes at all, class names that are no plain words, and so many classes that none can be named."""
-    count = 2 * len(classes)
-    pixels = Q3.Store(Path("stores"), "pixels", ("facts",), count, (8, 8, 3), torch.uint8)
-    pixels.write(torch.arange(count), torch.zeros(count, 8, 8, 3, dtype=torch.uint8))
-    labels = torch.arange(count) % len(classes)
-    photos = Q3.Photos(Q3.FineTuned(Q3.small_cnn(2), 0), pixels, torch.arange(count), labels)
-    logits = 9.0 * torch.nn.functional.one_hot(labels if right else labels.flip(0), len(classes)).float()
-    Path("out").mkdir()
-    Q3.draw_pictures(Path("out"), {"epoch": 1, **Q3.test_report(logits, labels, classes)}, logits, photos)
-    assert all(min(image.size) > 200 and len(image.convert("RGB").getcolors(2**24)) > 5 for image in drawn(Path("out")).values())
+@pytest.mark.parametrize("classes, right", [
+    (["a", "b"], True), (["$a$", "$\\frac{", "漢字", "x" * 200, "caf\udce9"], False),
+    ([f"{index}" for index in range(150)], False)])
+def test_pictures_of_odd_tests(shared_data, pictures, capsys, classes, right):
+    """No mistakes at all, class names that are no plain words, and too many classes to name."""
+    labels = torch.arange(2 * len(classes)) % len(classes)
+    logits = torch.nn.functional.one_hot(labels if right else labels.flip(0), len(classes)).float()
+    everything = torch.arange(len(labels))
+    cache = Q3.Cache(Path("cache"), "a-b", "x", len(labels), (64, 64, 3), torch.uint8)
+    photos = Q3.Photos([f"{classes[label]}/x.jpg" for label in labels], labels, cache, everything)
+    report = {"epoch": 1, **Q3.test_report(logits, labels, classes, 1.0)}
+    Q3.draw_pictures(Path("."), report, photos, *logits.softmax(1).max(1), [])
+    assert all(len(np.unique(np.asarray(Image.open(name)))) > 5 for name in (
+        "confusion.png", "mistakes.png", "reliability.png"))
     assert not capsys.readouterr().err
 
 
-# -- the demo ---------------------------------------------------------------------------------------------------------
-
-def test_demo_is_learnt(pictures):
-    dataset_split.draw_demo(Path("demo"), train=60, test=10)
-    assert call("Q3.py", "--demo", "--epochs", 12, "--image-size", 48, "--out", "first") == 0
+def test_demo(monkeypatch, capsys, pictures):
+    monkeypatch.setattr(dataset_split.draw_demo, "__defaults__", (30, 5))
+    assert call("Q3.py", "--demo", "--epochs", 5, "--batch-size", 8, "--out", "first") == 0
     report = json.loads(Path("first/test.json").read_text())
-    assert report["classes"] == list(dataset_split.PATTERNS) and report["photos"] == 100 and report["accuracy"] > 0.35
-    assert len(list(Path("first").glob("*.png"))) == 4
-    assert call("Q3.py", "--resume", "first") == 0 and json.loads(Path("first/test.json").read_text()) == report
-
-
-def test_demo_draws_its_data_once_and_the_same_everywhere(tmp_path, monkeypatch, refused):
-    monkeypatch.setattr(Q3, "draw_demo", lambda folder: dataset_split.draw_demo(folder, train=5, test=1))
-    assert call("Q3.py", "--demo", "--epochs", 1, "--image-size", 32, "--out", "first") == 0
-    pixels = {file.relative_to("demo"): np.asarray(Image.open(file)) for file in sorted(Path("demo").rglob("*.png"))}
-    assert len(pixels) == 60 and len({value.tobytes() for value in pixels.values()}) == 60
-    made = {file: file.stat().st_mtime_ns for file in Path("demo").rglob("*.png")}
-    dataset_split.draw_demo(Path("demo"), train=5, test=1)
-    assert made == {file: file.stat().st_mtime_ns for file in Path("demo").rglob("*.png")}
-    dataset_split.draw_demo(Path("other"), train=5, test=1)
-    assert all((np.asarray(Image.open("other" / name)) == value).all() for name, value in pixels.items())
-    assert sum(int(value.astype(int).sum()) for value in pixels.values()) == pytest.approx(114453780, rel=1e-4)
-    with monkeypatch.context() as patched:
-        patched.setattr(Q3, "PROCESSES", 2)
-        assert "--demo is for a single process" in refused("Q3.py", "--resume", "first")
-        assert "--download is for a single process" in refused("Q3.py", "--download")
-    shutil.rmtree("demo")
-    Path("demo").touch()
-    assert "'demo' is in the way" in refused("Q3.py", "--demo", "--out", "second")
-    assert "leave --data out" in refused("Q3.py", "--demo", "--data", "photos")
-    assert "leave --weights out" in refused("Q3.py", "--demo", "--weights", "none")
-
-
-def test_demo_that_cannot_be_drawn_leaves_nothing(tmp_path, monkeypatch, refused):
-    monkeypatch.setattr(dataset_split, "draw_picture", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    assert "--demo can't draw its pictures in 'demo': No space left" in refused("Q3.py", "--demo")
-    assert not list(tmp_path.iterdir())
-
-
-# -- the README's tour ------------------------------------------------------------------------------------------------
-
-def test_commands_of_the_tour_do_what_it_says(small_network, monkeypatch, capsys):
-    """From the demo to a network of one's own, typed in its order; with few pictures and a small network."""
-    monkeypatch.setattr(Q3, "draw_demo", lambda folder: dataset_split.draw_demo(folder, train=5, test=1))
-    monkeypatch.setattr(Q3, "initial_state", lambda spec: load("small.pth") if spec != "none" else None)
-    for name in ("inaturalist_12k", "other_photos"):
-        draw_data(Path(name), train=30)
-    Path("other_photos/val").rename("test")
-    shutil.rmtree("other_photos")
-    Path("test").rename("other_photos")
-    of_ones_own(Path("my_photos"), ["cat", "dog"])
-    for name in ("frog.jpg", "holiday/1.jpg", "new_photos/2.jpg"):
-        draw_photo(Path(name), (200, 60, 40), 3)
-    os.utime("frog.jpg", (0, 0))
-    text = (ROOT / "README.md").read_text()
-    lines = re.findall(r"^    (.*python .*)$", text[text.index("## A tour"):text.index("## The data")], re.MULTILINE)
-    assert len(lines) == 11
-    for line in lines:
-        listing, _, command = line.rpartition(" | ")
-        monkeypatch.setattr("sys.stdin", io.StringIO(subprocess.check_output(listing, shell=True, text=True) if listing else ""))
-        script, *words = shlex.split(command.split(" > ")[0])[1:]
-        quick = () if script != "Q3.py" or {"--predict", "--evaluate"} & set(words) else ("--image-size", 32, "--epochs", 1, "--device", "cpu", "--amp", "off")
-        capsys.readouterr()
-        assert call(script, *words, *quick) == 0, line
-        out = capsys.readouterr().out
-        if "--predict" in words:
-            assert out.startswith("path\tclass\tconfidence") and "error" not in out and len(out.splitlines()) == 1 + {"demo/val/Rings": 1, "holiday": 2}.get(words[-1], 1)
-    assert sorted(folder.name for folder in Path("runs").iterdir()) == ["again", "demo", "first", "mine", "other", "quick"]
-    assert Path("runs/again/predictions.csv").read_bytes() == Path("runs/first/predictions.csv").read_bytes()
-
-
-def load(file: str) -> dict:
-    return torch.load(file, weights_only=True)
+    assert report["classes"] == list(dataset_split.PATTERNS) and report["photos"] == 50
+    assert report["accuracy"] > 0.25 and len(list(Path("first").glob("*.png"))) == 4
+    assert call("Q3.py", "--resume", "first") == 0
+    assert json.loads(Path("first/test.json").read_text()) == report
