@@ -13,7 +13,6 @@ Which photos there are, and which part each is in, is the business of dataset_sp
 
 import argparse
 import hashlib
-import importlib.util
 import io
 import math
 import os
@@ -36,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import distributed, nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
@@ -190,7 +189,7 @@ def from_rank_0(function, *args):
 def end_on_signals() -> None:
     """Let SIGTERM, which schedulers send, and a closed terminal end a run as Ctrl-C does."""
     def interrupt(*_):
-        for each in signals:
+        for each in signals if WORLD_SIZE > 1 else ():
             signal.signal(each, signal.SIG_IGN)  # torchrun sends more; the first is enough
         raise KeyboardInterrupt
 
@@ -203,8 +202,8 @@ def end_on_signals() -> None:
 
 def pick_device(name: str) -> torch.device:
     """The device called cuda, mps or cpu; auto: the first there is. Raises InputError: too few."""
-    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()),
-             "cpu": LOCAL_WORLD_SIZE}
+    count = {"cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+             "mps": int(torch.backends.mps.is_available()), "cpu": LOCAL_WORLD_SIZE}
     name = next(kind for kind in count if count[kind]) if name == "auto" else name
     if count[name] < LOCAL_WORLD_SIZE:
         raise InputError(f"--device {name}: {LOCAL_WORLD_SIZE} needed, {count[name]} found by this "
@@ -242,7 +241,7 @@ def read_photo(file: Path, size: int, border: float | None) -> torch.Tensor | In
     the short side left out at each edge of a square in the middle; None squashes the whole photo.
     Returns, not raises, an InputError if it is no photo, damaged, or of over 89 million pixels."""
     if not os.path.isfile(file):  # opening a pipe would wait forever
-        return InputError(f"there is no file '{file}'")
+        return InputError(f"'{file}' is no file, or a folder without photos")
     try:
         with Image.open(file) as image:
             image.load()
@@ -256,8 +255,6 @@ def read_photo(file: Path, size: int, border: float | None) -> torch.Tensor | In
             else:
                 image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, border)
             return torch.from_numpy(np.array(image))
-    except UnidentifiedImageError:
-        return InputError(f"'{file}' is no photo: Pillow finds no image in it")
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise any kind: OSError, SyntaxError, IndexError
@@ -286,31 +283,28 @@ class Cache:
             self.file = open(folder / f"{key}-{name}", "r+b")  # noqa: SIM115 - while it is used
             self.file.truncate(math.prod(self.file_shape))  # unwritten rows take no room
 
-    def rows(self, mode: str = "r") -> np.memmap:
-        return np.memmap(self.file, np.uint8, mode, shape=self.file_shape)
-
     def missing(self, rows: torch.Tensor) -> torch.Tensor:
         """Those of the rows, int64, that are still to be written."""
-        return rows[torch.from_numpy(self.rows()[rows.numpy(), -1] == 0)]
+        data = np.memmap(self.file, np.uint8, "r", shape=self.file_shape)
+        return rows[torch.from_numpy(data[rows.numpy(), -1] == 0)]
 
     def fill(self, rows: torch.Tensor, title: str, size: int, compute) -> dict[int, InputError]:
         """Write the missing rows, `size` at a time: compute(rows) gives a tensor for each, or an
         error; the errors are returned. Each process computes a share, then what others left."""
-        errors = {}
         for share in (rows[LOCAL_RANK::LOCAL_WORLD_SIZE], rows)[:WORLD_SIZE]:  # alone: one pass
-            missing, start = self.missing(share), time.perf_counter()
-            if len(missing) * self.row_bytes > shutil.disk_usage(self.folder).free:
-                raise InputError(f"--cache '{self.folder}' has no room for {len(missing):,} photos:"
-                                 " name another folder, or make room there")
+            missing, errors, start = self.missing(share), {}, time.perf_counter()
             groups = missing.split(size) if len(missing) else ()
             for some in tqdm(groups, title, unit="group", leave=False, disable=QUIET):
-                data = self.rows("r+")
                 for row, value in zip(some.tolist(), compute(some)):
                     if isinstance(value, InputError):
                         errors[row] = value
-                    else:
-                        data[row, :-1] = value.contiguous().view(torch.uint8).flatten()
-                        data[row, -1] = 1
+                        continue
+                    with disk.disk_errors(f"--cache '{self.folder}' can't be used"):
+                        self.file.seek(row * self.file_shape[1])
+                        data = value.contiguous().view(torch.uint8).numpy()
+                        self.file.write(data.reshape(self.row_bytes))
+                        self.file.write(b"\1")
+                        self.file.flush()
             if len(missing):
                 print(f"{title:11} {len(missing):,} photos in {time.perf_counter() - start:.1f} s")
             summed(torch.zeros(1))  # wait for the others
@@ -318,8 +312,8 @@ class Cache:
 
     def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
         """A copy of these rows, int64: (len(rows), *shape)."""
-        data = torch.from_numpy(self.rows()[rows.numpy(), :-1])
-        return data.flatten().view(self.dtype).view(len(rows), *self.shape)
+        data = np.memmap(self.file, np.uint8, "r", shape=self.file_shape)[rows.numpy(), :-1]
+        return torch.from_numpy(data.ravel()).view(self.dtype).view(len(rows), *self.shape)
 
 
 def fingerprint(*facts) -> str:
@@ -413,7 +407,7 @@ def read_weights(spec: str) -> dict[str, torch.Tensor]:
     state = load_tensors(Path(spec))
     for wrapper in ("model", "state_dict"):  # checkpoints of this script and of many others
         state = state.get(wrapper, state) if isinstance(state, dict) else {}
-    return {str(name): value for name, value in state.items()}
+    return {str(name): state[name] for name in state} if isinstance(state, dict) else {}
 
 
 def build_small_cnn(classes: int) -> nn.Module:
@@ -496,7 +490,8 @@ def cache_maps(model: FineTuned, parts: list[Photos]) -> str:
         return "nothing is frozen"
     pixels, rows = parts[0].pixels, torch.cat([part.rows for part in parts])
     example = feature_maps(model, parts[0], torch.arange(1))[0]
-    name = fingerprint(pixels.name, weights, example.shape, example.dtype, model.device.type)
+    name = fingerprint(pixels.name, weights, len(model.backbone), example.shape, example.dtype,
+                       model.device.type)
     maps = Cache(pixels.folder, pixels.key, f"maps-{name}", pixels.file_shape[0], example.shape,
                  example.dtype)
     size = len(rows) * example.nbytes
@@ -508,15 +503,15 @@ def cache_maps(model: FineTuned, parts: list[Photos]) -> str:
     maps.fill(rows, "Trunk maps", 32,
               lambda some: model.maps(send(pixels[some], model.device)).cpu())
     for part in parts:
-        part.maps = maps[part.rows].to(model.device) if on_gpu else maps
+        part.maps = maps if not on_gpu else torch.cat(
+            [send(maps[some], model.device) for some in part.rows.split(256)])
     return f"computed once, {size / 1e9:.2f} GB of maps"
 
 
 def crop(maps: torch.Tensor, offsets: torch.Tensor, width: float) -> torch.Tensor:
     """A square of each map, `width` times as wide: (batch, side, side, channels) -> (batch, kept,
     kept, channels). `offsets`, float32 (batch, 2) in [0, 1), say how far down and to the right. But
-    for its edges it is the map of a crop of the photo. (A mirrored map is not that of a mirrored
-    photo: the trunk's filters know left from right.)"""
+    for its edges it is the map of a crop. (A mirrored map is not the map of a mirrored photo.)"""
     batch, side = maps.shape[:2]
     kept = round(width * side)
     first = (offsets * (side - kept + 1)).long()
@@ -613,6 +608,8 @@ def fit_head(model: FineTuned, train: Photos, batch_size: int) -> tuple[float, f
 
     optimizer.step(closure)
     with torch.no_grad():
+        for value in head.parameters():
+            summed(value.mul_(RANK == 0))  # rank 0's, as processors may round differently
         model.head.weight.copy_(head.weight / scale)
         model.head.bias.copy_(head.bias - head.weight @ (mean / scale))
         return loss_and_accuracy(head(features[:len(train.labels)]), train.labels)
@@ -706,14 +703,16 @@ def fine_tune(args: argparse.Namespace) -> None:
         if resumed:
             check_unchanged(resumed, facts)
             optimizer.load_state_dict(resumed["optimizer"])
+            for value, state in optimizer.state.items():  # fused Adam needs the weights' layout
+                state.update({key: torch.empty_like(value).copy_(old)
+                              for key, old in state.items() if old.dim()})
             scaler.load_state_dict(resumed["scaler"] or scaler.state_dict())  # {}: not float16
 
         print("\nEpoch | Train Loss | Train Acc | Val Loss | Val Acc", *(
             ROW.format(**row) for row in history), sep="\n")
-        begin = 0 if recipe.fit_head else 1  # epoch 0 fits fc alone
-        first = history[-1]["epoch"] + 1 if history else begin
+        first = history[-1]["epoch"] + 1 if history else int(not recipe.fit_head)
         steps = math.ceil(len(train.rows) / args.batch_size)  # as many as `batches` makes
-        for epoch in range(first, args.epochs + 1):
+        for epoch in range(first, args.epochs + 1):  # epoch 0 fits fc alone
             start = time.perf_counter()
             if epoch == 0:
                 train_loss, train_acc = fit_head(model, train, args.batch_size)
@@ -734,10 +733,9 @@ def fine_tune(args: argparse.Namespace) -> None:
                 "lr_backbone": rates[1], "seconds": time.perf_counter() - start,
                 "images_per_second": len(train.rows) / (trained - start)})
             if not math.isfinite(train_loss + val_loss):
-                raise InputError(f"the loss of epoch {epoch} is not finite, with --lr-head "
-                                 f"{args.lr_head} and --lr-backbone {args.lr_backbone}: start "
-                                 "another run with lower ones, or with --amp off")
-
+                raise InputError(f"loss of epoch {epoch} is not finite: start another run, with a "
+                                 f"lower --lr-head ({args.lr_head}) and --lr-backbone "
+                                 f"({args.lr_backbone}), or with --amp off")
             if RANK == 0:
                 temperature = fit_temperature(val_logits, val.labels) if recipe.calibrate else 1.0
                 checkpoint = facts | {"epoch": epoch, "temperature": temperature, "model": {
@@ -756,6 +754,8 @@ def fine_tune(args: argparse.Namespace) -> None:
 
         # The test: once, of the best epoch
         best = from_rank_0(load_checkpoint, run / "best.pt")
+        if best["epoch"] != best_epoch(history):
+            raise InputError(f"'{run / 'best.pt'}' is not of the best epoch: start another run")
         network.load_state_dict(best["model"])
         score(model, test, best, args, history)
 
@@ -783,9 +783,6 @@ def run_folder(args: argparse.Namespace):
     try:
         disk.refuse_inside_photos(args.data, run, cache)
         yield run, cache
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise InputError(f"out of memory ({error}): free memory that other programs hold, or start "
-                         "another run with a smaller --batch-size") from None
     except KeyboardInterrupt:
         start = f"torchrun --nproc-per-node={LOCAL_WORLD_SIZE}" if WORLD_SIZE > 1 else "python"
         command = f"{start} {disk.quoted(sys.argv[0])} --resume {disk.quoted(str(run))}"
@@ -802,13 +799,12 @@ def print_banner(args: argparse.Namespace, parts: dict[str, list], model: FineTu
     learning, frozen = (sum(parameter.numel() for parameter in model.network.parameters()
                             if parameter.requires_grad == learns) for learns in (True, False))
     print(f"Photos      {', '.join(f'{len(pairs):,} {part}' for part, pairs in parts.items())} "
-          f"({args.data}, --fraction {args.fraction:g})")
-    if unread := disk.unread_part(args.data):
-        print(f"Note        '{unread}' is not read: test photos belong in val/")
-    print(f"Network     {'small CNN' if args.from_scratch else 'ResNet50'} ({args.weights}): "
+          f"({args.data}, --fraction {args.fraction:g})\n"
+          f"Network     {'small CNN' if args.from_scratch else 'ResNet50'} ({args.weights}): "
           f"{learning:,} parameters learn, {frozen:,} are frozen\n"
-          f"Machine     {model.device}, {str(model.precision)[6:]}, {torch.get_num_threads()} "
-          f"threads, processes: {WORLD_SIZE}\nResults     {args.out}", flush=True)
+          f"Machine     {model.device}, {str(model.precision).removeprefix('torch.')}, "
+          f"{torch.get_num_threads()} threads, processes: {WORLD_SIZE}\n"
+          f"Results     {args.out}", flush=True)
 
 
 def describe_run(args: argparse.Namespace, manifest: dict, checksums: dict[str, int]) -> dict:
@@ -880,9 +876,9 @@ def score(model: FineTuned, photos: Photos, checkpoint: dict, args, history=()) 
         {"path": path, "label": classes[label], "predicted": classes[guess],
          "confidence": f"{share:.6f}"} for path, label, guess, share in zip(
              photos.paths, photos.labels, predicted, confidence, strict=True)])
+    write_json(args.out / "test.json", report)
     print_report(report)
     draw_pictures(args.out, report, photos, confidence, predicted, history)
-    write_json(args.out / "test.json", report)
     print(f"\nCheckpoints, tables and pictures: {args.out}")
 
 
@@ -898,9 +894,8 @@ def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, f
 def test_report(logits: torch.Tensor, labels: torch.Tensor, classes: list[str],
                 temperature: float) -> dict:
     """What test.json holds. Rows of `confusion` are labels; the loss is without temperature."""
-    count, (loss, accuracy) = len(classes), loss_and_accuracy(logits, labels)
-    confusion = torch.bincount(labels * count + logits.argmax(1), minlength=count * count)
-    confusion = confusion.view(count, count)
+    n, (loss, accuracy) = len(classes), loss_and_accuracy(logits, labels)
+    confusion = torch.bincount(labels * n + logits.argmax(1), minlength=n * n).view(n, n)
     sums = confusion.diag().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist()
     confidence, predicted = (logits.double() / temperature).softmax(1).max(1)
     gaps = torch.zeros(BINS).double().index_add(0, (confidence * BINS).long().clamp(max=BINS - 1),
@@ -1017,9 +1012,10 @@ def picture(file: Path, width: float, height: float):
 def draw_pictures(out: Path, report: dict, photos: Photos, confidence: torch.Tensor,
                   predicted: torch.Tensor, history: list[dict]) -> None:
     """Draw a history's curves.png, and confusion.png, mistakes.png, reliability.png of a test."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("Pictures    skipped: matplotlib is not installed (pip install matplotlib)")
-        return
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        return print(f"Pictures    skipped: matplotlib is not installed ({error})")
     names, paths = ([name[-40:].encode(errors="replace").decode() for name in names]
                     for names in (report["classes"], photos.paths))  # as fonts can show them
     correct = predicted == photos.labels
@@ -1076,24 +1072,29 @@ def main(args: argparse.Namespace) -> None:
     global store
     if WORLD_SIZE > 1:  # let the processes that torchrun started talk to each other
         warnings.filterwarnings("ignore", message="Grad strides|`broadcast_buffers`")  # harmless
-        if gpus := torch.cuda.device_count():
-            torch.cuda.set_device(LOCAL_RANK % gpus)
+        if gpus := torch.cuda.is_available():
+            torch.cuda.set_device(LOCAL_RANK % torch.cuda.device_count())
         store, rank, world_size = next(distributed.rendezvous("env://"))
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank,
             world_size=world_size, timeout=timedelta(days=1))  # a download takes its time
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - rank 0 prints
-    (evaluate if args.evaluate else classify if args.predict else fine_tune)(args)
+    try:
+        (evaluate if args.evaluate else classify if args.predict else fine_tune)(args)
+        if WORLD_SIZE > 1:
+            distributed.destroy_process_group()
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if store and store.add("said", 0):
+            sys.exit(2)  # this process waited for one that has ended
+        if not re.search("MemoryError|out of memory|allocate memory", repr(error)):
+            raise
+        raise InputError(f"out of memory ({error}): free memory that other programs hold, or start "
+                         "another run with a smaller --batch-size or --image-size") from None
 
 
 if __name__ == "__main__":
     end_on_signals()
     # Only the first process that fails says why.
     with disk.exit_codes(silent=lambda error: store.add("said", 1) > 1 if store else RANK > 0):
-        try:
-            main(get_args())
-        except RuntimeError:  # perhaps this process waited for one that has ended
-            if not store or store.add("said", 0) == 0:
-                raise
-            sys.exit(2)
+        main(get_args())

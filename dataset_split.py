@@ -82,13 +82,6 @@ def test_folder(data: Path) -> Path | None:
     return data / "val" if os.path.isdir(data / "val") else None
 
 
-def unread_part(data: Path) -> Path | None:
-    """A folder beside train/ with the name of a part of the data, from which nothing is read."""
-    read = [folder for folder in (train_folder(data), test_folder(data)) if folder]
-    return next((place for place in sorted(data.iterdir()) if place.name.lower() in PART_NAMES
-                 and place.is_dir() and not any(map(place.samefile, read))), None)
-
-
 def list_photos(folder: Path, least: int = 2) -> dict[str, list[str]]:
     """{class: sorted paths, relative to `folder`, with "/"}. Raises InputError: none, too few."""
     photos = {}
@@ -174,6 +167,10 @@ def load_split(args: argparse.Namespace, manifest: dict | None = None, name: str
     fractions to what is used. Opens no photo. Raises InputError."""
     args.data = find_data(args.data)
     root, test_root = train_folder(args.data), test_folder(args.data)
+    for place in sorted(args.data.iterdir()):
+        read = any(place.samefile(folder) for folder in (root, test_root) if folder)
+        if place.name.lower() in PART_NAMES and not read:
+            print(f"Left out    '{place}' is not read: test photos belong in val/")
     photos = list_photos(root)
     if manifest is None and test_root:
         if args.test_fraction:
@@ -232,7 +229,8 @@ def read_manifest(file: str | os.PathLike) -> dict:
     try:
         manifest = json.loads(text)
         names = manifest["classes"] + manifest["train"] + manifest["val"] + manifest.get("test", [])
-        good = manifest["format"] == MANIFEST_FORMAT and {type(name) for name in names} == {str}
+        good = (manifest["format"] == MANIFEST_FORMAT and 0 < manifest["fraction"] <= 1
+                and {type(name) for name in names} == {str})
     except (ValueError, TypeError, KeyError, AttributeError):  # other JSON, or none
         good = False
     if not good:

@@ -323,7 +323,8 @@ def test_typed_mistake_ends_in_one_line_and_exit_code_2(tmp_path):
 
 @pytest.mark.parametrize("gpus, mps, auto", [(1, 0, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])
 def test_device_auto_is_the_gpu_where_there_is_one(monkeypatch, gpus, mps, auto):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))  # too old a driver: False
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
     assert Q3.pick_device("auto").type == auto and Q3.pick_device("cpu").type == "cpu"
     monkeypatch.setattr(Q3, "LOCAL_WORLD_SIZE", 2)
@@ -484,7 +485,7 @@ import sys; sys.path.insert(0, {str(ROOT)!r})
 import Q3
 Q3.Image.MAX_IMAGE_PIXELS = 5000
 for name in sys.argv[1:]: print(str(Q3.read_photo(name, 64, None))[:80])""")
-    names = {"text.jpg": "is no photo", "cut.jpg": "can't be read (", "pipe.jpg": "is no file",
+    names = {"text.jpg": "cannot identify", "cut.jpg": "can't be read (", "pipe.jpg": "is no file",
              "link.jpg": "is no file", "large.png": "exceeds limit of 5000",
              "bomb.png": "exceeds limit of 10000"} | dict.fromkeys(
                  ("fine.png", "a.png", "b.jpg", "c.png", "d.jpg"), "tensor(")
@@ -562,14 +563,29 @@ def test_no_cache_leaves_nothing_behind(quick_run, tmp_path):
     assert not (out / ".cache").exists()
 
 
-def test_cache_that_cannot_be_used(small_network, shared_data, refused, monkeypatch):
+def test_cache_that_cannot_be_used(small_network, shared_data, refused, monkeypatch, capsys):
     Path("file").touch()
     flags = ("--data", shared_data, *QUICK, "--out", "out")
     assert "--cache 'file' can't be used" in refused("Q3.py", *flags, "--cache", "file")
-    monkeypatch.setattr(Q3, "read_photo", None)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=300_000))
-    assert "--cache '.cache' has no room for 30 photos" in refused("Q3.py", *flags)
+
+    class Full:
+        """A file on a disk that has room for 20 rows."""
+        def __init__(self, *args):
+            self.file, self.writes = open(*args), 0  # noqa: SIM115
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, content):
+            self.writes += 1
+            if self.writes > 40:
+                raise OSError(28, "No space left on device")
+            return self.file.write(content)
+    with monkeypatch.context() as patch:
+        patch.setattr(Q3, "open", Full, raising=False)
+        assert "'.cache' can't be used: No space left on device" in refused("Q3.py", *flags)
     assert not Path("out").exists()
+    assert call("Q3.py", *flags) == 0 and "Decoding    10 photos" in capsys.readouterr().out
 
 
 # -- The network -----------------------------------------------------------------------------------
@@ -836,7 +852,7 @@ def test_loss_that_is_not_finite_never_reaches_a_checkpoint(quick_run, shared_da
             yield maps * (math.nan if title == "epoch 2/3" else 1), labels, count
     monkeypatch.setattr(Q3, "batches", spoilt)
     line = refused("Q3.py", "--data", shared_data, *QUICK, "--epochs", 3, "--out", "out")
-    for words in ("the loss of epoch 2 is not finite", "--lr-head 0.0001", "--lr-backbone 1e-05"):
+    for words in ("loss of epoch 2 is not finite", "--lr-head (0.0001)", "--lr-backbone (1e-05)"):
         assert words in line
     last = load("out/last.pt")
     assert last["epoch"] == 1 and [row["epoch"] for row in last["history"]] == [0, 1]

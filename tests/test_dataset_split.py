@@ -114,13 +114,13 @@ def test_photos_may_lie_deeper_and_hidden_or_other_files_are_none(data):
         assert ds.photos_in(data / "train")[-1] == data / "train/Fungi"
 
 
-def test_data_folder_in_either_spelling_and_a_part_that_is_not_read(data):
-    assert ds.unread_part(data) is None
-    (data / "Test").mkdir()
-    assert ds.unread_part(data) == data / "Test"
+def test_data_folder_in_either_spelling_and_a_part_that_is_not_read(data, capsys):
     data.rename("inaturalist_12K")
     assert ds.find_data("inaturalist_12k").samefile("inaturalist_12K")
+    assert call("dataset_split.py") == 0 and "not read" not in capsys.readouterr().out
+    Path("inaturalist_12K/Test").mkdir()
     assert call("dataset_split.py") == 0
+    assert f"'{Path('inaturalist_12K/Test')}' is not read: test photos" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("folders, words", [
