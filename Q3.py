@@ -417,7 +417,8 @@ def build_small_cnn(classes: int) -> nn.Module:
         network.add_module(f"block{block}", nn.Sequential(
             nn.Conv2d(channels[block - 1], channels[block], 3, padding=1, bias=False),
             nn.BatchNorm2d(channels[block]), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)))
-    network.avgpool, network.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(256, classes)
+    network.avgpool, network.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    network.fc = nn.Linear(256, classes)
     return network
 
 
@@ -690,7 +691,7 @@ def fine_tune(args: argparse.Namespace) -> None:
         if RANK == 0:
             disk.report_same_photos(split.parts, args.data, run)
         if damaged and RANK == 0:
-            print(f"LEFT OUT    {len(damaged)} damaged photos, see {run / 'damaged.csv'}")
+            print(f"LEFT OUT    {len(damaged)} damaged, as {min(damaged)}: {run / 'damaged.csv'}")
             write_csv(run / "damaged.csv", [{"path": str(file), "problem": words}
                                             for file, words in damaged.items()])
         print(f"Trunk       {cache_maps(model, [train, val])}")
@@ -707,7 +708,6 @@ def fine_tune(args: argparse.Namespace) -> None:
                 state.update({key: torch.empty_like(value).copy_(old)
                               for key, old in state.items() if old.dim()})
             scaler.load_state_dict(resumed["scaler"] or scaler.state_dict())  # {}: not float16
-
         print("\nEpoch | Train Loss | Train Acc | Val Loss | Val Acc", *(
             ROW.format(**row) for row in history), sep="\n")
         first = history[-1]["epoch"] + 1 if history else int(not recipe.fit_head)
@@ -837,7 +837,7 @@ def save_checkpoint(file: Path, checkpoint: dict) -> None:
 def load_tensors(file: Path):
     """What torch.save wrote, if that is tensors and plain values; no code in it is run. Raises
     InputError: the file can't be read, is damaged, or holds something else."""
-    with disk.disk_errors(f"'{file}' can't be read"):
+    with disk.disk_errors(f"'{file}' can't be read, check its path"):
         content = io.BytesIO(file.read_bytes())
     try:
         damaged = zipfile.is_zipfile(content) and zipfile.ZipFile(content).testzip()  # by CRC
@@ -847,7 +847,7 @@ def load_tensors(file: Path):
         problem = f"is damaged in its part {damaged!r}"
     except Exception as error:  # torch.load raises any kind for other files
         code = re.search(r"GLOBAL (\S+)", str(error))
-        problem = f"holds code, {code[1]}, which was not run" if code else "isn't whole, or one"
+        problem = f"holds code, {code[1]}, which was not run" if code else "is no torch file"
     raise InputError(f"'{file}' {problem}: give a file of tensors that torch.save wrote")
 
 
@@ -1016,7 +1016,7 @@ def draw_pictures(out: Path, report: dict, photos: Photos, confidence: torch.Ten
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         return print(f"Pictures    skipped: matplotlib is not installed ({error})")
-    names, paths = ([name[-40:].encode(errors="replace").decode() for name in names]
+    names, paths = ([name[-26:].encode(errors="replace").decode() for name in names]
                     for names in (report["classes"], photos.paths))  # as fonts can show them
     correct = predicted == photos.labels
 

@@ -128,7 +128,8 @@ def split(photos: dict[str, list[str]], fraction: float, val_fraction: float, se
         count = max(1, math.floor(len(paths) * _exact(fraction)))
         used = sorted(paths, key=lambda path: _hash(seed, path))[:count]
         if not 0 < round(len(used) * share) < len(used):
-            raise InputError(f"class {name!r} is too small: add photos, or raise --fraction")
+            raise InputError(f"class {name!r} is too small: of its {len(paths)} photos {len(used)} "
+                             "are used. Add photos, or raise --fraction")
         for k, path in enumerate(used):
             in_val = round((k + 1) * share) > round(k * share)
             (val if in_val else train).append(path)
@@ -258,8 +259,8 @@ def check_manifest(manifest: dict, photos: dict[str, list[str]], name: str, has_
 
 def differences(ours, theirs, our_name: str, their_name: str) -> str:
     """What only one of two collections of names holds, in words: the first three of each."""
-    only = {our_name: set(ours) - set(theirs), their_name: set(theirs) - set(ours)}
-    words = [f"only {where} has {', '.join(map(repr, sorted(names)[:3]))}"
+    only = {our_name: [*(set(ours) - set(theirs))], their_name: [*(set(theirs) - set(ours))]}
+    words = [f"only {where} has {', '.join(map(repr, sorted(names)[:3]))}{' ...' * bool(names[3:])}"
              for where, names in only.items() if names]
     return "; ".join(words) or "their order differs"
 
@@ -300,8 +301,8 @@ def claim_folder(out: Path | None, names: tuple[str, ...], resume: bool = False)
         named, out = out is not None, out or Path("runs", now)
         out.mkdir(parents=True, exist_ok=named)
         if not resume and any((out / name).exists() for name in names):
-            raise InputError(f"--out '{out}' already holds a run: choose another folder, or go on "
-                             f"with --resume {quoted(str(out))}")
+            resumable = f", or --resume {quoted(str(out))}" if (out / "last.pt").exists() else ""
+            raise InputError(f"--out '{out}' already holds a run: name another folder{resumable}")
         for left in out.glob(".*.[0-9]*.tmp"):
             left.unlink()
     return out

@@ -122,7 +122,7 @@ def test_damaged_photos_are_left_out_and_listed(quick_run, data, capsys):
     rows = {row["path"]: row["problem"] for row in read_csv(out / "damaged.csv")}
     assert rows.keys() == {str(data / "train" / path) for path in (in_train, in_val)}
     assert all("photo" in problem for problem in rows.values())
-    assert "2 damaged photos, see out/damaged.csv" in capsys.readouterr().out
+    assert re.search(r"LEFT OUT    2 damaged, as .*: out.damaged.csv", capsys.readouterr().out)
     assert load(out / "last.pt")["checksums"].keys() == (
         {*split["train"], *split["val"]} - {in_train, in_val})
     before = benchmark_kills.result(out)
