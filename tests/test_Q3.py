@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import QUICK, ROOT, call, draw_photo, load, read_csv, small_resnet, type_command
+from conftest import QUICK, ROOT, call, draw_photo, load, read_csv, type_command
 from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional as F
@@ -664,10 +664,9 @@ def test_maps_fill_half_of_the_disk_at_most_and_belong_to_one_trunk(small_networ
         return said.startswith("computed once") and photos.maps.file.name
     photos, model, room = photos_of(random_pixels(3)), a_model(), 3 * 8 * 8 * 128 * 4
     for free, kept in ((2 * room - 1, False), (2 * room, True), (0, True)):  # then it is there
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        assert bool(cached(model, photos)) == kept
-    monkeypatch.undo()
-    monkeypatch.setattr(Q3, "resnet50", small_resnet)
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+            assert bool(cached(model, photos)) == kept
     other = a_model()
     with torch.no_grad():
         next(other.trunk.parameters())[0] += 1
