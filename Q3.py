@@ -670,18 +670,17 @@ def fine_tune(args: argparse.Namespace) -> None:
     split = disk.load_split(args, manifest, f"split '{args.resume or args.split}'")
     classes = split.manifest["classes"]
 
-    # The network: a frozen trunk, a backbone that learns slowly, a new head
-    device = pick_device(args.device)
-    precision = pick_precision(args.amp, device)
-    torch.manual_seed(args.seed)  # of random weights
-    network = build_small_cnn(len(classes)) if args.from_scratch else build_resnet50(
-        len(classes), "none" if resumed else args.weights)
-    if resumed:
-        network.load_state_dict(resumed["model"])
-    model = FineTuned(network, args.freeze, device, precision, recipe.hold_batchnorm)
-    learner = data_parallel(model)
-
     with run_folder(args) as (run, cache):
+        # The network: a frozen trunk, a backbone that learns slowly, a new head
+        device = pick_device(args.device)
+        precision = pick_precision(args.amp, device)
+        torch.manual_seed(args.seed)  # of random weights
+        network = build_small_cnn(len(classes)) if args.from_scratch else build_resnet50(
+            len(classes), "none" if resumed else args.weights)
+        if resumed:
+            network.load_state_dict(resumed["model"])
+        model = FineTuned(network, args.freeze, device, precision, recipe.hold_batchnorm)
+        learner = data_parallel(model)
         print_banner(args, split.parts, model)
 
         # Photos -> pixels -> feature maps
@@ -743,10 +742,11 @@ def fine_tune(args: argparse.Namespace) -> None:
                 if best_epoch(history) == epoch:
                     save_checkpoint(run / "best.pt", checkpoint)
                 write_csv(run / "history.csv", history)
-                write_json(run / "split.json", split.manifest)
-                write_json(run / "config.json", facts | {  # for people
-                    "split": "split.json", "checksums": "last.pt", "device": str(device),
-                    "precision": str(precision)})
+                if epoch == first:
+                    write_json(run / "split.json", split.manifest)
+                    write_json(run / "config.json", facts | {  # for people
+                        "split": "split.json", "checksums": "last.pt", "device": str(device),
+                        "precision": str(precision)})
                 save_checkpoint(run / "last.pt", checkpoint | {  # last, as it counts on the others
                     "history": history, "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict()})
