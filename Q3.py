@@ -670,19 +670,19 @@ def fine_tune(args: argparse.Namespace) -> None:
     split = disk.load_split(args, manifest, f"split '{args.resume or args.split}'")
     classes = split.manifest["classes"]
 
-    with run_folder(args) as (run, cache):
-        # The network: a frozen trunk, a backbone that learns slowly, a new head
-        device = pick_device(args.device)
-        precision = pick_precision(args.amp, device)
-        torch.manual_seed(args.seed)  # of random weights
-        network = build_small_cnn(len(classes)) if args.from_scratch else build_resnet50(
-            len(classes), "none" if resumed else args.weights)
-        if resumed:
-            network.load_state_dict(resumed["model"])
-        model = FineTuned(network, args.freeze, device, precision, recipe.hold_batchnorm)
-        learner = data_parallel(model)
-        print_banner(args, split.parts, model)
+    # The network: a frozen trunk, a backbone that learns slowly, a new head
+    device = pick_device(args.device)
+    precision = pick_precision(args.amp, device)
+    torch.manual_seed(args.seed)  # of random weights
+    network = build_small_cnn(len(classes)) if args.from_scratch else build_resnet50(
+        len(classes), "none" if resumed else args.weights)
+    if resumed:
+        network.load_state_dict(resumed["model"])
+    model = FineTuned(network, args.freeze, device, precision, recipe.hold_batchnorm)
+    learner = data_parallel(model)
 
+    with run_folder(args) as (run, cache):
+        print_banner(args, split.parts, model)
         # Photos -> pixels -> feature maps
         photos, damaged = load_photos(split.parts, split.files, cache, args.image_size,
                                       recipe.border, args.workers)

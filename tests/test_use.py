@@ -297,7 +297,7 @@ def test_best_pt_of_another_epoch_is_not_tested(quick_run, shared_data, refused,
 def test_out_that_holds_a_run_or_can_be_no_folder(small_network, shared_data, refused, name):
     Path("out").mkdir()
     Path("out", name).write_text("earlier")
-    flags = ("--data", shared_data, *QUICK, "--weights", "missing.pth", "--out")  # looked for later
+    flags = ("--data", shared_data, *QUICK, "--out")
     assert "already holds a run" in refused("Q3.py", *flags, "out")
     assert os.listdir("out") == [name] and Path("out", name).read_text() == "earlier"
     for out in (Path("out", name), Path("out", name, "inside")):
