@@ -26,7 +26,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -52,10 +52,11 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # suc
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's red, green, blue in [0, 1]
 PENALTY = 0.03  # on the squared weights of the logistic regression that fc starts from
+SOFTER = 0.3  # times that fc is what epoch 1 starts from: too sure, it would teach little
 WARMUP = 0.1  # part of the steps in which the learning rates rise
 BINS = 15  # of confidence, in the calibration error and its picture
 CACHE_FORMAT = 3  # to be raised when read_photo or FineTuned.maps give something else
-CHECKPOINT_FORMAT = 5  # likewise, when a checkpoint holds something else, or another optimiser
+CHECKPOINT_FORMAT = 6  # likewise, when a checkpoint holds something else, or another optimiser
 ROW = "{epoch:5} | {train_loss:10.4f} | {train_acc:9.4f} | {val_loss:8.4f} | {val_acc:7.4f}"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # torchrun's
@@ -69,22 +70,22 @@ store = None  # of keys and values, which the processes that torchrun started sh
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained. Options can change the last three."""
+    """How a network is trained. Options can change the last four."""
     border: float | None  # part of the short side left out at each edge; None: squash the photo
     crop: float  # side of a training crop, as a part of the photo's side
     fit_head: bool  # epoch 0: fc starts from logistic regression, not from noise
     hold_batchnorm: bool  # BatchNorm keeps ImageNet's statistics in the layers that learn, too
     cosine: bool  # the learning rates warm up and fall along a cosine, or are constant
-    calibrate: bool  # a temperature, fitted on validation, corrects the confidence
+    batch_size: int
     lr_head: float
     lr_backbone: float
     epochs: int
 
 
-RECIPES = {  # border, crop, fit_head, hold_batchnorm, cosine, calibrate, lr_head, lr_backbone
-    "tuned": Recipe(1 / 16, 5 / 7, True, True, True, True, 1e-4, 1e-5, epochs=5),
-    "reference": Recipe(None, 1.0, False, False, False, False, 1e-3, 1e-4, epochs=5),
-    "scratch": Recipe(1 / 16, 5 / 7, False, False, True, True, 1e-3, 1e-3, epochs=40),
+RECIPES = {  # border, crop, fit_head, hold_batchnorm, cosine, batch_size, lr_head, lr_backbone
+    "tuned": Recipe(1 / 16, 5 / 7, True, True, True, 32, 1e-3, 1e-4, epochs=5),
+    "reference": Recipe(None, 1.0, False, False, False, 64, 1e-3, 1e-4, epochs=5),
+    "scratch": Recipe(1 / 16, 5 / 7, False, False, True, 64, 1e-3, 1e-3, epochs=40),
 }
 DEMO = {"data": Path("demo"), "fraction": 1.0, "image_size": 64, "epochs": 20}
 BESIDE = {  # the options that go with each of these; a checkpoint knows all others
@@ -125,10 +126,9 @@ def get_args_parser() -> disk.Parser:
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, help="default: tuned; random weights: scratch")
     add("--epochs", type=size, metavar="N", help="default: 5; scratch: 40; demo: 20")
-    add("--batch-size", type=size, default=64, metavar="N", help="photos in a step (default: 64)")
-    add("--lr-head", type=rate, metavar="LR", help="of fc (default: 1e-4; other recipes: 1e-3)")
-    add("--lr-backbone", type=rate, metavar="LR",
-        help="of the other layers that learn (default: 1e-5; reference: 1e-4; scratch: 1e-3)")
+    add("--batch-size", type=size, metavar="N", help="default: 32; other recipes: 64")
+    add("--lr-head", type=rate, metavar="LR", help="of fc (default: 1e-3)")
+    add("--lr-backbone", type=rate, metavar="LR", help="of the rest (default: 1e-4; scratch: 1e-3)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: auto")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
 
@@ -159,7 +159,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.recipe = args.recipe or ("scratch" if args.weights == "none" else "tuned")
     if args.freeze is None:
         args.freeze = 0 if args.weights == "none" else 6
-    for name in ("lr_head", "lr_backbone", "epochs"):
+    for name in ("batch_size", "lr_head", "lr_backbone", "epochs"):
         setattr(args, name, getattr(args, name) or getattr(RECIPES[args.recipe], name))
     if args.weights == "none" and RECIPES[args.recipe].hold_batchnorm:
         parser.error(f"--recipe {args.recipe} builds on trained weights: for random ones give "
@@ -329,7 +329,6 @@ class Photos:
     pixels: Cache  # uint8 (size, size, 3), of all photos of the folder
     rows: torch.Tensor  # int64 (photos,): where in the cache these photos are
     maps: Cache | torch.Tensor | None = None  # feature maps: the folder's; on a GPU this part's
-    mirrored: bool = False  # left and right exchanged; only for photos without maps
 
     def checksums(self) -> dict[str, int]:
         """CRC-32 of the pixels of each photo, by path."""
@@ -474,8 +473,7 @@ def feature_maps(model: FineTuned, photos: Photos, which: torch.Tensor) -> torch
     """The trunk's maps of the photos at positions `which`, int64 (batch,), cached or computed now:
     (batch, side, side, channels), on the model's device."""
     if photos.maps is None:
-        pixels = photos.pixels[photos.rows[which]]
-        return model.maps(send(pixels.flip(2) if photos.mirrored else pixels, model.device))
+        return model.maps(send(photos.pixels[photos.rows[which]], model.device))
     if isinstance(photos.maps, Cache):
         return send(photos.maps[photos.rows[which]], model.device)
     return photos.maps[send(which, model.device)]
@@ -583,16 +581,13 @@ def predict(model: FineTuned, photos: Photos, batch_size: int, title: str,
 
 
 def fit_head(model: FineTuned, train: Photos, batch_size: int) -> tuple[float, float]:
-    """Epoch 0: set fc to the logistic regression fitted on the features of the training photos and
-    their mirror images. From noise it would first send large gradients into good layers (Kumar et
-    al., Fine-Tuning can Distort Pretrained Features, ICLR 2022). Its loss and accuracy."""
-    mirrored = replace(train, maps=None, mirrored=True)
-    features = torch.cat([predict(model, photos, batch_size, "features", model.features)
-                          for photos in (train, mirrored)])  # (2 * photos, 2048)
-    labels, mean = train.labels.repeat(2), features.mean(0)
-    overall = features.sub_(mean).std()  # of all features, centred from here on
-    scale = (overall * (features.std(0) + overall / 1000)).sqrt()  # geometric mean: overall, own
-    if not (scale.min() > 0 and scale.max() < math.inf):
+    """Epoch 0: set fc to the logistic regression fitted on the features of the training photos.
+    From noise it would first send large gradients into good layers (Kumar et al., Fine-Tuning can
+    Distort Pretrained Features, ICLR 2022). Returns its loss and accuracy on these photos."""
+    features = predict(model, train, batch_size, "features", model.features)  # (photos, 2048)
+    mean = features.mean(0)
+    scale = features.sub_(mean).std()  # L-BFGS wants numbers around 0, of about 1
+    if not 1e-6 * mean.abs().max() < scale < math.inf:  # equal, but for rounding
         raise InputError("the network gives no finite features, or the same for all photos: "
                          "check --weights, or try --amp off")
     features.div_(scale)
@@ -603,7 +598,7 @@ def fit_head(model: FineTuned, train: Photos, batch_size: int) -> tuple[float, f
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(head(features), labels) + PENALTY * head.weight.square().sum()
+        loss = F.cross_entropy(head(features), train.labels) + PENALTY * head.weight.square().sum()
         loss.backward()
         return loss.detach()
 
@@ -613,7 +608,7 @@ def fit_head(model: FineTuned, train: Photos, batch_size: int) -> tuple[float, f
             summed(value.mul_(RANK == 0))  # rank 0's, as processors may round differently
         model.head.weight.copy_(head.weight / scale)
         model.head.bias.copy_(head.bias - head.weight @ (mean / scale))
-        return loss_and_accuracy(head(features[:len(train.labels)]), train.labels)
+        return loss_and_accuracy(head(features), train.labels)
 
 
 def train_epoch(learner: nn.Module, loader, optimizer: torch.optim.Optimizer,
@@ -637,18 +632,19 @@ def train_epoch(learner: nn.Module, loader, optimizer: torch.optim.Optimizer,
     return loss / seen, correct / seen
 
 
-def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
+def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
     """What to divide logits by, so that of photos with 80 % confidence about 80 % are correct (Guo
-    et al., ICML 2017). From 0.1 to 10; the second term keeps it near 1 if the photos are few."""
+    et al., ICML 2017); nearer to 1 if the photos are few. And the lowest loss of any division."""
     candidates = torch.logspace(-1, 1, 401)
-    losses = [F.cross_entropy(logits / each, labels) + 10 * each.log().square() / len(labels)
-              for each in candidates]
-    return candidates[torch.stack(losses).argmin()].item()
+    losses = torch.stack([F.cross_entropy(logits / each, labels) for each in candidates])
+    fitted = (losses + 10 * candidates.log().square() / len(labels)).argmin()
+    return candidates[fitted].item(), losses.min().item()
 
 
 def best_epoch(history: list[dict]) -> int:
-    """The epoch with the highest validation accuracy; of equal ones, that of the lowest loss."""
-    return max(history, key=lambda row: (row["val_acc"], -row["val_loss"]))["epoch"]
+    """The epoch with the lowest calibrated loss on validation. The accuracy of few photos is mostly
+    chance, and the loss as it is also grows when a better network is too confident."""
+    return min(history, key=lambda row: row["calibrated_loss"])["epoch"]
 
 
 # -- The job ---------------------------------------------------------------------------------------
@@ -716,6 +712,9 @@ def fine_tune(args: argparse.Namespace) -> None:
             if epoch == 0:
                 train_loss, train_acc = fit_head(model, train, args.batch_size)
             else:
+                if epoch == 1 and recipe.fit_head:
+                    for value in model.head.parameters():
+                        value.data.mul_(SOFTER)
                 order, offsets = draw_epoch(len(train.rows), args.seed, epoch)
                 loader = batches(model, train, args.batch_size, f"epoch {epoch}/{args.epochs}",
                                  order, offsets, recipe.crop)
@@ -725,18 +724,19 @@ def fine_tune(args: argparse.Namespace) -> None:
             trained = time.perf_counter()
             val_logits = predict(model, val, args.batch_size, "validation")
             val_loss, val_acc = loss_and_accuracy(val_logits, val.labels)
+            temperature, calibrated_loss = fit_temperature(val_logits, val.labels)
             rates = [group["lr"] if epoch else 0.0 for group in optimizer.param_groups]
             history.append({
                 "epoch": epoch, "train_loss": train_loss, "train_acc": train_acc,
-                "val_loss": val_loss, "val_acc": val_acc, "lr_head": rates[0],
-                "lr_backbone": rates[1], "seconds": time.perf_counter() - start,
+                "val_loss": val_loss, "val_acc": val_acc, "calibrated_loss": calibrated_loss,
+                "lr_head": rates[0], "lr_backbone": rates[1],
+                "seconds": time.perf_counter() - start,
                 "images_per_second": len(train.rows) / (trained - start)})
             if not math.isfinite(train_loss + val_loss):
                 raise InputError(f"loss of epoch {epoch} is not finite: start another run, with a "
                                  f"lower --lr-head ({args.lr_head}) and --lr-backbone "
                                  f"({args.lr_backbone}), or with --amp off")
             if RANK == 0:
-                temperature = fit_temperature(val_logits, val.labels) if recipe.calibrate else 1.0
                 checkpoint = facts | {"epoch": epoch, "temperature": temperature, "model": {
                     name: value.cpu() for name, value in network.state_dict().items()}}
                 if best_epoch(history) == epoch:

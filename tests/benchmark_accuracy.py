@@ -55,25 +55,14 @@ def recipe(name: str = "tuned", **changes) -> dict:
     return {"RECIPES": Q3.RECIPES | {name: replace(Q3.RECIPES[name], **changes)}}
 
 
-def not_mirrored(photos, **changes):
-    """The same photos again instead of mirrored ones, which has no effect on where fc starts."""
-    return photos
-
-
-def overall_deviation(features, dim=None, std=torch.Tensor.std):
-    """Of all features together, where fit_head asks for that of each: all get the same scale."""
-    return std(features)
-
-
-USUAL_RATES = ["--lr-head", "1e-3", "--lr-backbone", "1e-4"]
 INGREDIENTS = {  # name: (flags of Q3.py, what takes the place of what in it)
     "whole photos squashed to a square": ([], recipe(border=None)),
-    "fc from noise, at the reference's learning rates": (USUAL_RATES, recipe(fit_head=False)),
-    "start of fc without mirrored photos": ([], {"replace": not_mirrored}),
-    "start of fc on unscaled features": ([], {"torch.Tensor.std": overall_deviation}),
+    "fc from noise": ([], recipe(fit_head=False)),
+    "fc as sure as the regression": ([], {"SOFTER": 1.0}),
     "without crops": ([], recipe(crop=1.0)),
+    "smaller crops, of 16 of 28 places": ([], recipe(crop=4 / 7)),
     "BatchNorm's statistics learnt": ([], recipe(hold_batchnorm=False)),
-    "the reference's learning rates": (USUAL_RATES, {}),
+    "a tenth of the learning rates": (["--lr-head", "1e-4", "--lr-backbone", "1e-5"], {}),
     "constant learning rates": ([], recipe(cosine=False)),
 }
 VARIANTS = {
@@ -85,6 +74,7 @@ VARIANTS = {
     "from scratch, constant learning rate": (["--from-scratch"], recipe("scratch", cosine=False)),
     "ResNet50 from random weights": (["--weights", "none"], {}),
     **{f"freeze {freeze}": (["--freeze", str(freeze)], {}) for freeze in (9, 8, 7, 4, 0)},
+    "batches of 64": (["--batch-size", "64"], {}),
     **INGREDIENTS,
 }
 
@@ -148,7 +138,8 @@ def run(args: argparse.Namespace, variant: str, fraction: float, seed: int) -> d
             sys.exit(f"'{out}' was made with --{name} {found}: give another --runs")
     history, predictions = (read_csv(out / f"{name}.csv") for name in ("history", "predictions"))
     history = [{key: float(value) for key, value in row.items()} for row in history]
-    return {**cost, "history": history, "val": max(row["val_acc"] for row in history),
+    return {**cost, "history": history, "val": next(row["val_acc"] for row in history
+                                                 if row["epoch"] == report["epoch"]),
             "test": report["accuracy"], "calibration": report["calibration_error"],
             "right": [row["label"] == row["predicted"] for row in predictions],
             "epochs": sum(row["seconds"] for row in history), "photos": len(split["train"]),

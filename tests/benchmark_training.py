@@ -84,7 +84,7 @@ def one_pass(model, held, pairs, workers, device, optimizer=None):
 def plain_loop(args: argparse.Namespace, layers=("layer3", "layer4"), held=6, workers=0) -> None:
     """Train and test as options of Q3.py say; with --out, leave the tables of a run of Q3.py there.
     fc and these layers learn; BatchNorm's statistics don't change in the first `held` children."""
-    if args.image_size != 224 or args.batch_size != 64:
+    if args.image_size != 224 or "batch_size" in args.typed:
         raise disk.InputError("the plain loop is of 224 x 224 pixels and batches of 64: leave "
                          "--image-size and --batch-size out")
     split, device = disk.load_split(args), Q3.pick_device(args.device)
@@ -107,7 +107,8 @@ def plain_loop(args: argparse.Namespace, layers=("layer3", "layer4"), held=6, wo
         val_loss, val_acc = Q3.loss_and_accuracy(*outputs)
         history.append({
             "epoch": epoch, "train_loss": train_loss, "train_acc": train_acc, "val_loss": val_loss,
-            "val_acc": val_acc, "seconds": time.perf_counter() - start,
+            "val_acc": val_acc, "calibrated_loss": Q3.fit_temperature(*outputs)[1],
+            "seconds": time.perf_counter() - start,
             "images_per_second": len(split.parts["train"]) / (trained - start)})
         if Q3.best_epoch(history) == epoch:
             best = copy.deepcopy(model.state_dict())
@@ -155,6 +156,7 @@ def measured(command: list, out: Path) -> dict:
     with open(out / "history.csv", newline="") as stream:
         history = [{key: float(value) for key, value in row.items()}
                    for row in csv.DictReader(stream)]
+    report = json.loads((out / "test.json").read_text())
     took = {row["epoch"]: end - begin
             for row, (begin, end) in zip(history, pairwise([began, *epochs]), strict=True)}
     later = [seconds for epoch, seconds in took.items() if epoch > 1]
@@ -163,8 +165,8 @@ def measured(command: list, out: Path) -> dict:
             "later": statistics.median(later or [0.0]), "test": when("Test of")[0] - epochs[-1],
             "rate": statistics.median(row["images_per_second"] for row in history if row["epoch"]),
             "memory": usage.ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6),
-            "val_acc": max(row["val_acc"] for row in history),
-            "test_acc": json.loads((out / "test.json").read_text())["accuracy"]}
+            "val_acc": next(row["val_acc"] for row in history if row["epoch"] == report["epoch"]),
+            "test_acc": report["accuracy"]}
 
 
 def run_plain(args, seed: int, folder: Path) -> dict:

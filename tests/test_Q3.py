@@ -1,5 +1,6 @@
 """Q3.py, section by section: the whole job, options, photos, network, feature maps, epochs."""
 
+import dataclasses
 import json
 import math
 import os
@@ -130,7 +131,7 @@ def test_best_pt_is_used_with_torchvision_and_pillow_alone(run, shared_data):
     for row, share in zip(rows, shares, strict=True):
         assert checkpoint["classes"][int(share.argmax())] == row["predicted"]
         assert float(share.max()) == pytest.approx(float(row["confidence"]), abs=2e-3)
-    best = max(load(out / "last.pt")["history"], key=lambda row: (row["val_acc"], -row["val_loss"]))
+    best = min(load(out / "last.pt")["history"], key=lambda row: row["calibrated_loss"])
     report, paths = json.loads((out / "test.json").read_text()), checkpoint["split"]["val"]
     assert report["epoch"] == checkpoint["epoch"] == best["epoch"]
     labels = torch.tensor([checkpoint["classes"].index(path.split("/")[0]) for path in paths])
@@ -141,7 +142,7 @@ def test_best_pt_is_used_with_torchvision_and_pillow_alone(run, shared_data):
 @pytest.mark.parametrize("recipe", ["tuned", "reference"])
 def test_the_readme_tells_how_to_use_a_checkpoint(weights, shared_data, capsys, monkeypatch,
                                                   recipe):
-    monkeypatch.setattr(Q3, "fit_temperature", lambda *_: 3.0)
+    monkeypatch.setattr(Q3, "fit_temperature", lambda *_: (3.0, 0.5))
     code, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert call("Q3.py", "--data", shared_data, *QUICK[2:], "--weights", weights, "--recipe",
                 recipe, "--out", "runs/first") == 0
@@ -179,15 +180,15 @@ def test_job_learns_from_training_photos_alone_in_another_order_each_epoch(quick
     out = quick_run("out", "--epochs", 2, "--batch-size", 100)
     passes = [[photos.paths[index] for index in which] for _, photos, which in calls][1:]
     split = json.loads((out / "split.json").read_text())
-    features, mirrored, val, first, val_1, second, val_2, test = passes
-    assert features == mirrored == sorted(first) == sorted(second) == split["train"]
+    features, val, first, val_1, second, val_2, test = passes
+    assert features == sorted(first) == sorted(second) == split["train"]
     assert first != second != features and val == val_1 == val_2 == split["val"]
     assert test == [row["path"] for row in read_csv(out / "predictions.csv")]
 
 
 def test_best_epoch_is_kept_and_is_the_one_that_is_tested(quick_run, monkeypatch):
-    results = iter([(.1, .9), (.1, .4), (.1, .5), (.7, .8), (.6, .8), (.65, .8), (.5, .5)])
-    monkeypatch.setattr(Q3, "loss_and_accuracy", lambda *_: next(results))  # of epochs 0 to 4
+    losses = iter([.5, .4, .3, .2, .2])  # of epochs 0 to 4
+    monkeypatch.setattr(Q3, "fit_temperature", lambda *_: (1.0, next(losses)))
     heads, predict = [], Q3.predict
     def recorded(model, *args, **options):
         heads.append(model.head.weight.detach().clone())
@@ -279,13 +280,13 @@ def test_workers_is_the_number_of_photos_decoded_at_once(quick_run, monkeypatch)
 
 
 @pytest.mark.parametrize("flags, recipe, rates, epochs, freeze", [
-    ((), "tuned", (1e-4, 1e-5), 5, 6), (("--recipe", "reference"), "reference", (1e-3, 1e-4), 5, 6),
+    ((), "tuned", (1e-3, 1e-4), 5, 6), (("--recipe", "reference"), "reference", (1e-3, 1e-4), 5, 6),
     (("--from-scratch",), "scratch", (1e-3, 1e-3), 40, 0),
     (("--weights", "none"), "scratch", (1e-3, 1e-3), 40, 0),
     (("--weights", "none", "--recipe", "reference"), "reference", (1e-3, 1e-4), 5, 0),
     (("--recipe", "scratch"), "scratch", (1e-3, 1e-3), 40, 6),
     (("--demo",), "scratch", (1e-3, 1e-3), 20, 0),
-    (("--lr-head", "0.5", "--epochs", "7", "--freeze", "0"), "tuned", (0.5, 1e-5), 7, 0)])
+    (("--lr-head", "0.5", "--epochs", "7", "--freeze", "0"), "tuned", (0.5, 1e-4), 7, 0)])
 def test_defaults_are_those_of_the_recipe(flags, recipe, rates, epochs, freeze):
     args = Q3.get_args(list(flags))
     assert (args.recipe, (args.lr_head, args.lr_backbone)) == (recipe, rates)
@@ -660,7 +661,7 @@ def test_result_is_the_same_where_there_is_no_room_for_maps(quick_run, monkeypat
 
 def test_maps_fill_half_of_the_disk_at_most_and_belong_to_one_trunk(small_network, monkeypatch):
     def cached(model, photos):
-        said = Q3.cache_maps(model, [photos := Q3.replace(photos, maps=None)])
+        said = Q3.cache_maps(model, [photos := dataclasses.replace(photos, maps=None)])
         return said.startswith("computed once") and photos.maps.file.name
     photos, model, room = photos_of(random_pixels(3)), a_model(), 3 * 8 * 8 * 128 * 4
     for free, kept in ((2 * room - 1, False), (2 * room, True), (0, True)):  # then it is there
@@ -700,14 +701,6 @@ def test_crops_reach_every_corner_and_show_what_lies_there():
     both = torch.stack([photo[0], 100 + photo[0]])
     assert Q3.crop(both, torch.zeros(2, 2), 5 / 7)[:, 0, 0, 0].tolist() == [0, 100]
     assert Q3.crop(photo[:9, :1, :1], offsets[:9], 5 / 7).shape == (9, 1, 1, 1)
-
-
-def test_mirrored_photos_have_left_and_right_exchanged(small_network):
-    photos, model, everything = photos_of(random_pixels(3)), a_model(), torch.arange(3)
-    mirrored = Q3.feature_maps(model, Q3.replace(photos, mirrored=True), everything)
-    pixels = photos.pixels[everything]
-    assert torch.equal(mirrored, model.maps(pixels.flip(2)))
-    assert not torch.allclose(mirrored, model.maps(pixels), atol=0.1)
 
 
 def test_draw_epoch_depends_on_seed_and_epoch_alone():
@@ -818,28 +811,45 @@ def test_each_step_is_made_with_its_rate(quick_run, monkeypatch):
 
 
 def test_head_starts_at_the_optimum_of_logistic_regression(small_network):
-    """On photos and their mirror images: no gradient there, and the network gives its logits."""
+    """There is no gradient there, and the network gives its logits."""
     photos, model = photos_of(pixels := random_pixels(40)), a_model()
     result = Q3.fit_head(model, photos, 16)
     logits = Q3.predict(model, photos, 16, "")
     assert Q3.loss_and_accuracy(logits, photos.labels) == pytest.approx(result, abs=1e-4)
     assert result[1] > 0.9
     with torch.no_grad():
-        features = torch.cat([model.features(model.maps(each).permute(0, 3, 1, 2))
-                              for each in (pixels, pixels.flip(2))])
-    centred = features - features.mean(0)
-    scale = (centred.std() * (centred.std(0) + centred.std() / 1000)).sqrt()
+        features = model.features(model.maps(pixels).permute(0, 3, 1, 2))
+    scale = (features - features.mean(0)).std()
     weight, bias = (each.detach().clone().requires_grad_() for each in model.head.parameters())
-    loss = F.cross_entropy(features @ weight.T + bias, photos.labels.repeat(2))
+    loss = F.cross_entropy(features @ weight.T + bias, photos.labels)
     (loss + Q3.PENALTY * (weight * scale).square().sum()).backward()
     assert bias.grad.abs().max() < 1e-3 and (weight.grad / scale).abs().max() < 1e-3
 
 
+def test_head_is_softened_once_before_the_layers_below_learn(quick_run, monkeypatch):
+    heads, train_epoch = [], Q3.train_epoch
+    def recorded(learner, *args):
+        heads.append([value.detach().clone() for value in learner.head.parameters()])
+        return train_epoch(learner, *args)
+    monkeypatch.setattr(Q3, "train_epoch", recorded)
+    monkeypatch.setattr(Q3, "best_epoch", lambda history: 0)
+    start = load(quick_run("tuned", "--epochs", 2) / "best.pt")["model"]
+    for name, first, second in zip(("fc.weight", "fc.bias"), *heads, strict=True):
+        assert torch.equal(first, Q3.SOFTER * start[name])
+        assert torch.allclose(second, first, atol=0.01), "three steps of 1e-3"
+    assert not torch.allclose(heads[1][0], Q3.SOFTER * heads[0][0], atol=0.01)
+    heads.clear()
+    monkeypatch.setattr(Q3, "best_epoch", lambda history: 1)
+    quick_run("reference", "--recipe", "reference")
+    assert 0.04 < heads[0][0].abs().max() < 0.0443, "noise within 1 / sqrt(512), as it was"
+
+
 def test_features_that_say_nothing_are_an_error(small_network, shared_data, refused):
-    for value in (float("nan"), 0.0):
+    for value, bias in ((float("nan"), 0.0), (0.0, 0.0), (0.0, torch.arange(512.0) / 300)):
         state = load("small.pth")
         state["layer4.0.bn3.weight"].fill_(value)
         state["layer4.0.downsample.1.weight"].fill_(value)
+        state["layer4.0.bn3.bias"].copy_(torch.as_tensor(bias))
         torch.save(state, "spoilt.pth")
         assert "no finite features, or the same for all" in refused(
             "Q3.py", "--data", shared_data, *QUICK, "--weights", "spoilt.pth", "--out", "out")
@@ -852,7 +862,7 @@ def test_loss_that_is_not_finite_never_reaches_a_checkpoint(quick_run, shared_da
             yield maps * (math.nan if title == "epoch 2/3" else 1), labels, count
     monkeypatch.setattr(Q3, "batches", spoilt)
     line = refused("Q3.py", "--data", shared_data, *QUICK, "--epochs", 3, "--out", "out")
-    for words in ("loss of epoch 2 is not finite", "--lr-head (0.0001)", "--lr-backbone (1e-05)"):
+    for words in ("loss of epoch 2 is not finite", "--lr-head (0.001)", "--lr-backbone (0.0001)"):
         assert words in line
     last = load("out/last.pt")
     assert last["epoch"] == 1 and [row["epoch"] for row in last["history"]] == [0, 1]
@@ -867,17 +877,21 @@ def test_temperature_undoes_what_logits_were_multiplied_with():
     torch.manual_seed(0)
     logits = 2 * torch.randn(4000, 5)
     labels = torch.distributions.Categorical(logits=logits).sample()
-    temperature = Q3.fit_temperature(logits, labels)
+    temperature, loss = Q3.fit_temperature(logits, labels)
     assert temperature == pytest.approx(1, abs=0.1)
-    assert Q3.fit_temperature(3 * logits, labels) == pytest.approx(3 * temperature, rel=0.02)
-    assert 0.7 < Q3.fit_temperature(2 * torch.eye(3), torch.arange(3)) < 1, "few photos say little"
+    assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-3)
+    tripled, same_loss = Q3.fit_temperature(3 * logits, labels)
+    assert tripled == pytest.approx(3 * temperature, rel=0.02)
+    assert same_loss == pytest.approx(loss, rel=1e-4), "too much confidence changes nothing"
+    few, _ = Q3.fit_temperature(2 * torch.eye(3), torch.arange(3))
+    assert 0.7 < few < 1, "few photos say little"
 
 
 def test_validation_decides_the_temperature_of_the_test(quick_run, monkeypatch):
     seen, temperatures = [], iter([2.0, 4.0])
     with monkeypatch.context() as patch:
         patch.setattr(Q3, "fit_temperature", lambda logits, labels: (
-            seen.append(labels), next(temperatures))[1])
+            seen.append(labels), (next(temperatures), 0.5))[1])
         patch.setattr(Q3, "best_epoch", lambda history: 0)
         out = quick_run("tuned")
     split = json.loads((out / "split.json").read_text())
@@ -885,5 +899,3 @@ def test_validation_decides_the_temperature_of_the_test(quick_run, monkeypatch):
     assert all([split["classes"][label] for label in labels] == names for labels in seen)
     assert json.loads((out / "test.json").read_text())["temperature"] == 2.0
     assert (load(out / "best.pt")["temperature"], load(out / "last.pt")["temperature"]) == (2, 4)
-    out = quick_run("reference", "--recipe", "reference")  # which scales nothing
-    assert load(out / "last.pt")["temperature"] == 1.0
