@@ -52,7 +52,7 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # suc
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's red, green, blue in [0, 1]
 PENALTY = 0.03  # on the squared weights of the logistic regression that fc starts from
-SOFTER = 0.3  # times that fc is what epoch 1 starts from: too sure, it would teach little
+SOFTER = 0.3  # multiplies fc before epoch 1: too confident, it would teach the layers below little
 WARMUP = 0.1  # part of the steps in which the learning rates rise
 BINS = 15  # of confidence, in the calibration error and its picture
 CACHE_FORMAT = 3  # to be raised when read_photo or FineTuned.maps give something else
@@ -126,9 +126,9 @@ def get_args_parser() -> disk.Parser:
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, help="default: tuned; random weights: scratch")
     add("--epochs", type=size, metavar="N", help="default: 5; scratch: 40; demo: 20")
-    add("--batch-size", type=size, metavar="N", help="default: 32; other recipes: 64")
+    add("--batch-size", type=size, metavar="N", help="photos in a step (default: 32; others: 64)")
     add("--lr-head", type=rate, metavar="LR", help="of fc (default: 1e-3)")
-    add("--lr-backbone", type=rate, metavar="LR", help="of the rest (default: 1e-4; scratch: 1e-3)")
+    add("--lr-backbone", type=rate, metavar="LR", help="below fc (default: 1e-4; scratch: 1e-3)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: auto")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
 

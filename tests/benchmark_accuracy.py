@@ -9,7 +9,7 @@ prints one of these tables:
     scratch       fine-tuning against training from scratch, epoch by epoch
     freezing      what learns with 9, 8, 7, 6, 4 and 0 frozen children
     data          fine-tuning, a linear probe and training from scratch on 5 to 100 % of the photos
-    ingredients   the tuned recipe without each of its parts
+    ingredients   the tuned recipe with one part changed at a time
 
 Each run is one of Q3.py in a process of its own, with the changes listed here. A seed decides the
 split too, and is the same for all rows, so that differences are taken seed by seed. Where rows are

@@ -210,9 +210,10 @@ def matrix_product_rate(precision: torch.dtype, device: torch.device) -> float:
 def training_step(args, device: torch.device, precision: torch.dtype) -> tuple[float, float]:
     """Of Q3.py's training step on maps that lie on the device: photos a second, GFLOP a photo."""
     model = Q3.FineTuned(Q3.build_resnet50(10, args.weights), 6, device, precision, True)
-    side = round(Q3.RECIPES["tuned"].crop * 28)
-    maps = torch.rand(64, 512, side, side, device=device).to(precision)
-    step = (maps.contiguous(memory_format=model.layout), torch.arange(64, device=device) % 10, 64)
+    side, batch = round(Q3.RECIPES["tuned"].crop * 28), Q3.RECIPES["tuned"].batch_size
+    maps = torch.rand(batch, 512, side, side, device=device).to(precision)
+    labels = torch.arange(batch, device=device) % 10
+    step = (maps.contiguous(memory_format=model.layout), labels, batch)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     optimizer = Q3.build_optimizer(model, 1e-3, 1e-4)
     with FlopCounterMode(display=False) as counter:
@@ -222,7 +223,7 @@ def training_step(args, device: torch.device, precision: torch.dtype) -> tuple[f
         start = time.perf_counter()
         Q3.train_epoch(model, [step] * steps, optimizer, scaler, [1.0] * steps)
         seconds.append(time.perf_counter() - start)
-    return steps * 64 / statistics.median(seconds[1:]), counter.get_total_flops() / 64 / 1e9
+    return steps * batch / statistics.median(seconds[1:]), counter.get_total_flops() / batch / 1e9
 
 
 def enlarge(data: Path, target: Path) -> Path:
