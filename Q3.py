@@ -6,9 +6,9 @@ batch after batch, are the layers after it, on crops of the trunk's feature maps
 
     photos -> pixels (uint8) -> frozen trunk -> feature maps -> crops -> layer3, layer4, fc -> loss
 
-The lesson is the middle of this file, from "The network" to "The job". Options, the machine and
-the photos come before it; after it come files, the test, prediction and pictures.
-Which photos there are, and which part each is in, is the business of dataset_split.py.
+The lesson is the middle of this file, from "The network" to "The job". Before it come options, the
+machine and the photos; after it files, the test, prediction and pictures. dataset_split.py says
+which photos there are, and which part each is in.
 """
 
 import argparse
@@ -29,21 +29,27 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
-import PIL
-import torch
-from PIL import Image, ImageOps
-from torch import distributed, nn
-from torch.fx.experimental.optimization import fuse
-from torch.nn import functional as F
-from torchvision.models import ResNet50_Weights, resnet50
-from tqdm import tqdm
+try:
+    import numpy as np
+    import PIL
+    import torch
+    from PIL import Image, ImageOps
+    from torch import distributed, nn
+    from torch.fx.experimental.optimization import fuse
+    from torch.nn import functional as F
+    from torchvision.models import ResNet50_Weights, resnet50
+    from tqdm import tqdm
 
-import dataset_split as disk
-from dataset_split import InputError, write_csv, write_json, write_whole
+    import dataset_split as disk
+    from dataset_split import InputError, write_csv, write_json, write_whole
+except ModuleNotFoundError as error:
+    print(f"{error}: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
+matplotlib = None  # without it there are no pictures
+with suppress(ImportError):
+    import matplotlib.figure
 
 torch.backends.cudnn.deterministic = True  # the same seed, the same run
 torch.backends.cudnn.allow_tf32 = False  # float32 is float32
@@ -59,15 +65,14 @@ CACHE_FORMAT = 3  # to be raised when read_photo or FineTuned.maps give somethin
 CHECKPOINT_FORMAT = 6  # likewise, when a checkpoint holds something else, or another optimiser
 ROW = "{epoch:5} | {train_loss:10.4f} | {train_acc:9.4f} | {val_loss:8.4f} | {val_acc:7.4f}"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # torchrun's
-WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(name, 1))
-                                for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE = (  # what torchrun tells each of its processes
+    int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
+    for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
 QUIET = True if RANK else None  # tqdm: rank 0 draws progress bars, and only in a terminal
 store = None  # of keys and values, which the processes that torchrun started share
 
 
 # -- Options ---------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Recipe:
     """How a network is trained. Options can change the last four."""
@@ -87,8 +92,14 @@ RECIPES = {  # border, crop, fit_head, hold_batchnorm, cosine, batch_size, lr_he
     "reference": Recipe(None, 1.0, False, False, False, 64, 1e-3, 1e-4, epochs=5),
     "scratch": Recipe(1 / 16, 5 / 7, False, False, True, 64, 1e-3, 1e-3, epochs=40),
 }
-DEMO = {"data": Path("demo"), "fraction": 1.0, "image_size": 64, "epochs": 20}
-BESIDE = {  # the options that go with each of these; a checkpoint knows all others
+DEMO = {  # its runs, and the options of each besides --fraction 1 --image-size 64
+    "pre-trained": "--data demo/source --from-scratch --epochs 12 --batch-size 32 "
+                   "--val-fraction 0.05 --test-fraction 0.05",
+    "fine-tuned": "--data demo/target --weights runs/demo/pre-trained/best.pt --freeze 4",
+    "from-scratch": "--data demo/target --from-scratch",
+}
+BESIDE = {  # the options that go with each of these; all others are settled
+    "demo": set(),
     "resume": {"data", "workers", "cache"},
     "evaluate": {"data", "workers", "cache", "batch_size", "device", "amp", "out"},
     "predict": {"workers", "batch_size", "device", "amp"},
@@ -103,9 +114,7 @@ def get_args_parser() -> disk.Parser:
     add = (group := parser.add_argument_group("photos")).add_argument
     add("--data", type=Path, default=Path("inaturalist_12k"), metavar="DIR",
         help="has train/<Class>/ and, for the test, val/<Class>/; or class folders alone")
-    source = group.add_mutually_exclusive_group().add_argument
-    source("--download", action="store_true", help="fetch iNaturalist-12K first, if it is missing")
-    source("--demo", action="store_true", help="draw patterns, and train the small CNN on them")
+    add("--download", action="store_true", help="fetch iNaturalist-12K first, if it is missing")
     disk.add_split_options(group, fraction=0.25)
     add("--split", type=Path, metavar="FILE", help="a manifest, instead of the fractions")
     add("--image-size", type=disk.number(int, 64, 4096), default=224, metavar="N",
@@ -113,7 +122,7 @@ def get_args_parser() -> disk.Parser:
     add("--workers", type=disk.number(int, 1, 4096), default=CORES, metavar="N",
         help="threads that decode photos (default: one a core)")
     add("--cache", type=Path, default=Path(".cache"), metavar="DIR",
-        help="keeps pixels and feature maps for the next run; none: keep nothing (default: .cache)")
+        help="where pixels and feature maps stay; none: keep nothing (default: .cache)")
 
     group = parser.add_argument_group("network")
     add = group.add_mutually_exclusive_group().add_argument
@@ -125,7 +134,7 @@ def get_args_parser() -> disk.Parser:
 
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, help="default: tuned; random weights: scratch")
-    add("--epochs", type=size, metavar="N", help="default: 5; scratch: 40; demo: 20")
+    add("--epochs", type=size, metavar="N", help="default: 5; scratch: 40")
     add("--batch-size", type=size, metavar="N", help="photos in a step (default: 32; others: 64)")
     add("--lr-head", type=rate, metavar="LR", help="of fc (default: 1e-3)")
     add("--lr-backbone", type=rate, metavar="LR", help="below fc (default: 1e-4; scratch: 1e-3)")
@@ -135,10 +144,10 @@ def get_args_parser() -> disk.Parser:
     group = parser.add_argument_group("runs and trained networks")
     group.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<date-time>")
     add = group.add_mutually_exclusive_group().add_argument
+    add("--demo", action="store_true", help="transfer learning on drawn pictures, in two minutes")
     add("--resume", type=Path, metavar="RUN", help="go on after the last finished epoch")
     add("--evaluate", type=Path, metavar="CKPT", help="score a checkpoint on the test photos")
-    add("--predict", nargs="+", metavar=("CKPT", "PHOTO"), help="""classify photos and folders
-        of photos; without PHOTO, or with -, those whose paths come on standard input""")
+    add("--predict", nargs="+", metavar=("CKPT", "PHOTO"), help="classify photos and folders")
     return parser
 
 
@@ -151,10 +160,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     for option, allowed in BESIDE.items():
         if option in typed and (others := sorted(typed.keys() - allowed - {option})):
             parser.error(f"--{others[0].replace('_', '-')} can't be given with --{option}, which "
-                         "goes by the checkpoint: leave it out")
+                         "settles it: leave it out")
 
-    args = argparse.Namespace(**defaults | (DEMO if "demo" in typed else {}) | typed, typed=typed)
-    args.from_scratch |= args.demo and "weights" not in typed
+    args = argparse.Namespace(**defaults | typed, typed=typed)
     args.weights = "none" if args.from_scratch else args.weights
     args.recipe = args.recipe or ("scratch" if args.weights == "none" else "tuned")
     if args.freeze is None:
@@ -162,15 +170,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("batch_size", "lr_head", "lr_backbone", "epochs"):
         setattr(args, name, getattr(args, name) or getattr(RECIPES[args.recipe], name))
     if args.weights == "none" and RECIPES[args.recipe].hold_batchnorm:
-        parser.error(f"--recipe {args.recipe} builds on trained weights: for random ones give "
-                     "scratch or reference")
+        parser.error("random weights can't learn with --recipe tuned: give scratch or reference")
     if args.split and typed.keys() & {"fraction", "val_fraction", "test_fraction"}:
         parser.error("--split FILE says which photos are used: leave the fractions out")
     return args
 
 
 # -- The machine, and the processes that torchrun starts -------------------------------------------
-
 def summed(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of this tensor over all processes. They wait for each other here."""
     if WORLD_SIZE > 1:
@@ -193,9 +199,8 @@ def end_on_signals() -> None:
             signal.signal(each, signal.SIG_IGN)  # torchrun sends more; the first is enough
         raise KeyboardInterrupt
 
-    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-               if getattr(signal, name, None) and RANK == 0]
-    for each in signals:
+    signals = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
+    for each in signals if RANK == 0 else ():
         if signal.getsignal(each) != signal.SIG_IGN:  # as nohup ignores SIGHUP
             signal.signal(each, interrupt)
 
@@ -229,13 +234,10 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on the device; a GPU gets it while it still computes something else."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 # -- Photos: files -> uint8 pixels, once -----------------------------------------------------------
-
 def read_photo(file: Path, size: int, border: float | None) -> torch.Tensor | InputError:
     """A photo as the network sees it, upright: uint8 (size, size, 3), RGB. `border` is the part of
     the short side left out at each edge of a square in the middle; None squashes the whole photo.
@@ -250,11 +252,8 @@ def read_photo(file: Path, size: int, border: float | None) -> torch.Tensor | In
             if image.mode.startswith("I"):  # 16 bits a pixel; convert() would cut them off at 255
                 image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
             image = image.convert("RGB")
-            if border is None:
-                image = image.resize((size, size), Image.Resampling.BILINEAR)
-            else:
-                image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, border)
-            return torch.from_numpy(np.array(image))
+            fit = Image.Image.resize if border is None else partial(ImageOps.fit, bleed=border)
+            return torch.from_numpy(np.array(fit(image, (size, size), Image.Resampling.BILINEAR)))
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise any kind: OSError, SyntaxError, IndexError
@@ -262,11 +261,9 @@ def read_photo(file: Path, size: int, border: float | None) -> torch.Tensor | In
 
 
 class Cache:
-    """A file of tensors of one shape, one a row, which are written once and read by many runs.
-
-    The last byte of a row is set after the others, so that a killed run leaves only whole rows; and
-    only rows in use are in memory, as each batch maps the file anew. `key` is <photos>-<state>, two
-    fingerprints: opening a cache deletes the files of the same photos in other states."""
+    """A file of tensors of one shape, one a row, which are written once and read by many runs. The
+    last byte of a row is set after the others: a killed run leaves only whole rows. `key` is
+    <photos>-<state>: opening a cache deletes the files of the same photos in other states."""
 
     def __init__(self, folder: Path, key: str, name: str, rows: int, shape: tuple[int, ...],
                  dtype: torch.dtype):
@@ -338,11 +335,9 @@ class Photos:
 
 def load_photos(parts: dict[str, list], files: dict[Path, list[Path]], cache: Path, size: int,
                 border: float | None, workers: int) -> tuple[dict[str, Photos], dict[Path, str]]:
-    """Decode the photos of all parts, unless the cache has them. In threads, as Pillow lets them
-    run side by side (2 cores, 800 x 600: 272 photos/s with two threads, 222 with two processes).
-
-    `parts` are (file, label) pairs. `files` lists every photo of a folder, used or not; its place
-    is its row in the cache. Returns the photos by part, and what is wrong with those left out."""
+    """Decode the photos of all parts, unless the cache has them; in threads, which Pillow lets run
+    side by side. `parts` are (file, label) pairs. `files` lists all photos of a folder, one a row
+    of its cache. Returns the photos by part, and what is wrong with those left out."""
     loaded, damaged = {}, {}
     for folder, names in files.items():
         stats = [file.stat(follow_symlinks=file.exists()) for file in names]
@@ -373,57 +368,65 @@ def load_photos(parts: dict[str, list], files: dict[Path, list[Path]], cache: Pa
 
 
 # -- The network: ImageNet's ResNet50, its last layer replaced, its first children frozen ----------
-
-def build_resnet50(classes: int, weights: str) -> nn.Module:
-    """A ResNet50 whose last layer is a new one for so many classes. `weights`: a torchvision name,
-    the path of a state dict, or none. Raises InputError: they can't be had, or don't fit."""
-    network = resnet50(weights=None)
+def build_network(architecture: str, state: dict | None, classes: int) -> nn.Module:
+    """A resnet50 or small_cnn whose last layer is a new one for so many classes. The others have
+    the weights of a state dict, or random ones. Raises InputError: it doesn't fit."""
+    network = build_small_cnn() if architecture == "small_cnn" else resnet50(weights=None)
     features, network.fc = network.fc.in_features, nn.Identity()  # so that no fc is expected
-    if weights != "none":
-        state = from_rank_0(read_weights, weights)
+    if state is not None:
         try:
-            network.load_state_dict({name: value for name, value in state.items()
-                                     if not name.startswith("fc.")})
+            network.load_state_dict({str(name): value for name, value in state.items()
+                                     if not str(name).startswith("fc.")})
         except RuntimeError as error:  # what differs: a line each, after a headline
-            raise InputError(f"--weights '{weights}' is not of a ResNet50: "
+            raise InputError(f"these --weights are not of a {architecture}: "
                              f"{str(error).splitlines()[1].strip():.200}") from None
-    network.fc = nn.Linear(features, classes)  # starts uniform in +-1 / sqrt(2048)
+    network.fc = nn.Linear(features, classes)  # starts uniform in +-1 / sqrt(features)
     return network
 
 
-def read_weights(spec: str) -> dict[str, torch.Tensor]:
-    """The state dict that --weights names. Raises InputError: it can't be had, or is no file."""
+def trained_network(checkpoint: dict) -> nn.Module:
+    """The network of a checkpoint of this script, on the CPU."""
+    network = build_network(checkpoint["architecture"], None, len(checkpoint["classes"]))
+    network.load_state_dict(checkpoint["model"])
+    return network
+
+
+def read_weights(spec: str, small: bool = False) -> tuple[str, dict[str, torch.Tensor] | None]:
+    """The architecture and the state dict that --weights names; for none: which, and no dict.
+    Raises InputError: they can't be had, or this is no file."""
+    if spec == "none":
+        return "small_cnn" if small else "resnet50", None
     if spec in ResNet50_Weights.__members__:
         weights = ResNet50_Weights[spec]
         try:
-            return weights.get_state_dict(progress=True, check_hash=True)
+            return "resnet50", weights.get_state_dict(progress=True, check_hash=True)
         except (OSError, RuntimeError) as error:  # network or disk; a wrong hash
             raise InputError(f"--weights {spec} can't be fetched ({error}): download "
                              f"{weights.url} and give --weights PATH, or try --demo") from None
     if not os.path.isfile(spec):
         raise InputError(f"--weights '{spec}' is no file, nor one of "
                          f"{', '.join(ResNet50_Weights.__members__)}, none")
-    state = load_tensors(Path(spec))
+    state, architecture = load_tensors(Path(spec)), "resnet50"
     for wrapper in ("model", "state_dict"):  # checkpoints of this script and of many others
-        state = state.get(wrapper, state) if isinstance(state, dict) else {}
-    return {str(name): state[name] for name in state} if isinstance(state, dict) else {}
+        if isinstance(state, dict):
+            architecture, state = state.get("architecture", architecture), state.get(wrapper, state)
+    return architecture, dict(state) if isinstance(state, dict) else {}
 
 
-def build_small_cnn(classes: int) -> nn.Module:
+def build_small_cnn() -> nn.Module:
     """What --from-scratch trains: five blocks of convolution, BatchNorm, ReLU and pooling."""
     network, channels = nn.Sequential(), (3, 16, 32, 64, 128, 256)
     for block in range(1, 6):
         network.add_module(f"block{block}", nn.Sequential(
             nn.Conv2d(channels[block - 1], channels[block], 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels[block]), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)))
+            nn.BatchNorm2d(channels[block]), nn.ReLU(), nn.MaxPool2d(3, 2, 1)))
     network.avgpool, network.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    network.fc = nn.Linear(256, classes)
+    network.fc = nn.Linear(256, 1)
     return network
 
 
 class FineTuned(nn.Module):
     """A network in three parts: a trunk that is frozen, a backbone that learns, a head (fc).
-
     Frozen means more than "no gradients": in train mode BatchNorm goes on averaging the statistics
     of every batch. The trunk is a copy in eval mode, BatchNorm folded into its convolutions. With
     `hold_batchnorm` the backbone's BatchNorm keeps its statistics, too; all its weights learn."""
@@ -468,7 +471,6 @@ class FineTuned(nn.Module):
 
 
 # -- Feature maps, once a photo, and batches of their crops ----------------------------------------
-
 def feature_maps(model: FineTuned, photos: Photos, which: torch.Tensor) -> torch.Tensor:
     """The trunk's maps of the photos at positions `which`, int64 (batch,), cached or computed now:
     (batch, side, side, channels), on the model's device."""
@@ -480,9 +482,8 @@ def feature_maps(model: FineTuned, photos: Photos, which: torch.Tensor) -> torch
 
 
 def cache_maps(model: FineTuned, parts: list[Photos]) -> str:
-    """Compute the maps of these parts of a folder once, if there is room: in half of what is free
-    on the disk and, with an NVIDIA GPU, in a quarter of its free memory. Otherwise each step
-    computes them again, with the same result. Returns what became of it, for the screen."""
+    """Compute the maps of these parts once, if half of the free disk and a quarter of an NVIDIA
+    GPU's free memory hold them; else each step computes them again. Says what became of it."""
     weights = [zlib.crc32(value.float().cpu().numpy().tobytes())
                for value in model.trunk.state_dict().values()]
     if not weights:
@@ -498,25 +499,23 @@ def cache_maps(model: FineTuned, parts: list[Photos]) -> str:
     on_gpu = model.device.type == "cuda"
     no_room = disk_full or (on_gpu and size > torch.cuda.mem_get_info()[0] / 4)
     if summed(torch.tensor(int(no_room))):  # in any process
-        return f"computed again in each step, as there is no room for {size / 1e9:.1f} GB of maps"
+        return f"frozen layers run in each step: no room for {size / 1e9:.1f} GB of feature maps"
     maps.fill(rows, "Trunk maps", 32,
               lambda some: model.maps(send(pixels[some], model.device)).cpu())
     for part in parts:
         part.maps = maps if not on_gpu else torch.cat(
             [send(maps[some], model.device) for some in part.rows.split(256)])
-    return f"computed once, {size / 1e9:.2f} GB of maps"
+    return f"the frozen layers saw each photo once: {size / 1e9:.2f} GB of feature maps"
 
 
 def crop(maps: torch.Tensor, offsets: torch.Tensor, width: float) -> torch.Tensor:
     """A square of each map, `width` times as wide: (batch, side, side, channels) -> (batch, kept,
-    kept, channels). `offsets`, float32 (batch, 2) in [0, 1), say how far down and to the right. But
-    for its edges it is the map of a crop. (A mirrored map is not the map of a mirrored photo.)"""
-    batch, side = maps.shape[:2]
-    kept = round(width * side)
-    first = (offsets * (side - kept + 1)).long()
-    rows, columns = send(first[:, :, None] + torch.arange(kept), maps.device).unbind(1)
-    index = send(torch.arange(batch), maps.device)
-    return maps[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    kept, channels), nearly the map of a cropped photo. `offsets`, float32 (batch, 2) in [0, 1),
+    say how far down and to the right."""
+    side, kept = maps.shape[1], round(width * maps.shape[1])
+    corners = (offsets * (side - kept + 1)).long().tolist()
+    return torch.stack([each[top:top + kept, left:left + kept]
+                        for each, (top, left) in zip(maps, corners)])
 
 
 def draw_epoch(count: int, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -529,9 +528,9 @@ def draw_epoch(count: int, seed: int, epoch: int) -> tuple[torch.Tensor, torch.T
 def batches(model: FineTuned, photos: Photos, batch_size: int, title: str,
             order: torch.Tensor | None = None, offsets: torch.Tensor | None = None,
             width: float = 1.0):
-    """Go through the photos once, in `order` (positions, int64), cropped by `crop` if width is not
-    1. Yields this process's share of a step, on the device: maps (batch, channels, side, side) and
-    labels (batch,); and the size of the whole step."""
+    """Go through the photos once, in `order` (positions, int64), cropped to `width`. Yields this
+    process's share of a step, on the device: maps (batch, channels, side, side), labels (batch,);
+    and the size of the whole step."""
     positions = torch.arange(len(photos.rows))
     order = positions if order is None else order
     steps = positions.tensor_split(math.ceil(len(order) / batch_size))  # 65: 33 + 32, not 64 + 1
@@ -544,10 +543,8 @@ def batches(model: FineTuned, photos: Photos, batch_size: int, title: str,
 
 
 # -- Optimiser and epochs: a fast head, a slow backbone --------------------------------------------
-
 def build_optimizer(model: FineTuned, lr_head: float, lr_backbone: float) -> torch.optim.Adam:
-    """Adam over exactly the parameters that learn, in two groups: first the head's, then the
-    backbone's. A schedule multiplies `initial_lr`."""
+    """Adam over exactly the parameters that learn: the head's are the first group of two."""
     groups = ((model.head, lr_head), (model.backbone, lr_backbone))
     return torch.optim.Adam([{"params": list(layers.parameters()), "lr": rate, "initial_lr": rate}
                              for layers, rate in groups], fused=True)
@@ -648,38 +645,34 @@ def best_epoch(history: list[dict]) -> int:
 
 
 # -- The job ---------------------------------------------------------------------------------------
-
-def fine_tune(args: argparse.Namespace) -> None:
-    """Photos, network, feature maps, epochs, test."""
+def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
+    """Photos, network, feature maps, epochs, test. Returns the model, its history and its test."""
     resumed = {}
     if args.resume:
-        resumed = from_rank_0(load_checkpoint, args.resume / "last.pt", "optimizer")
+        resumed = from_rank_0(load_checkpoint, args.resume / "last.pt")
         vars(args).update(resumed["options"] | args.typed)
     recipe = RECIPES[args.recipe]
 
     # Which photos there are, and which part each is in
     if args.download:
         from_rank_0(disk.download, args.data)
-    if args.demo:
-        from_rank_0(disk.draw_demo, args.data)
     manifest = resumed.get("split") or (disk.read_manifest(args.split) if args.split else None)
     split = disk.load_split(args, manifest, f"split '{args.resume or args.split}'")
-    classes = split.manifest["classes"]
 
     # The network: a frozen trunk, a backbone that learns slowly, a new head
     device = pick_device(args.device)
     precision = pick_precision(args.amp, device)
     torch.manual_seed(args.seed)  # of random weights
-    network = build_small_cnn(len(classes)) if args.from_scratch else build_resnet50(
-        len(classes), "none" if resumed else args.weights)
     if resumed:
-        network.load_state_dict(resumed["model"])
+        network = trained_network(resumed)
+    else:
+        args.architecture, state = from_rank_0(read_weights, args.weights, args.from_scratch)
+        network = build_network(args.architecture, state, len(split.manifest["classes"]))
     model = FineTuned(network, args.freeze, device, precision, recipe.hold_batchnorm)
     learner = data_parallel(model)
 
     with run_folder(args) as (run, cache):
         print_banner(args, split.parts, model)
-        # Photos -> pixels -> feature maps
         photos, damaged = load_photos(split.parts, split.files, cache, args.image_size,
                                       recipe.border, args.workers)
         train, val, test = photos["train"], photos["val"], photos["test"]
@@ -697,12 +690,17 @@ def fine_tune(args: argparse.Namespace) -> None:
         facts = describe_run(args, split.manifest, train.checksums() | val.checksums())
         history = resumed.get("history", [])
         if resumed:
-            check_unchanged(resumed, facts)
+            if differ := dict(resumed["checksums"].items() ^ facts["checksums"].items()):
+                raise InputError(f"{len(differ)} photos changed since the run began, as "
+                                 f"{min(differ)!r}: put them back, or start another run. (Pillow "
+                                 f"was {resumed['versions']['pillow']}, is {PIL.__version__})")
             optimizer.load_state_dict(resumed["optimizer"])
             for value, state in optimizer.state.items():  # fused Adam needs the weights' layout
                 state.update({key: torch.empty_like(value).copy_(old)
                               for key, old in state.items() if old.dim()})
             scaler.load_state_dict(resumed["scaler"] or scaler.state_dict())  # {}: not float16
+        if recipe.fit_head:
+            print("\nEpoch 0 fits fc alone. Then all layers but the frozen learn, on harder crops.")
         print("\nEpoch | Train Loss | Train Acc | Val Loss | Val Acc", *(
             ROW.format(**row) for row in history), sep="\n")
         first = history[-1]["epoch"] + 1 if history else int(not recipe.fit_head)
@@ -715,9 +713,8 @@ def fine_tune(args: argparse.Namespace) -> None:
                 if epoch == 1 and recipe.fit_head:
                     for value in model.head.parameters():
                         value.data.mul_(SOFTER)
-                order, offsets = draw_epoch(len(train.rows), args.seed, epoch)
                 loader = batches(model, train, args.batch_size, f"epoch {epoch}/{args.epochs}",
-                                 order, offsets, recipe.crop)
+                                 *draw_epoch(len(train.rows), args.seed, epoch), recipe.crop)
                 factors = [warmup_cosine(step, steps * args.epochs) if recipe.cosine else 1.0
                            for step in range(steps * (epoch - 1), steps * epoch)]
                 train_loss, train_acc = train_epoch(learner, loader, optimizer, scaler, factors)
@@ -733,20 +730,18 @@ def fine_tune(args: argparse.Namespace) -> None:
                 "seconds": time.perf_counter() - start,
                 "images_per_second": len(train.rows) / (trained - start)})
             if not math.isfinite(train_loss + val_loss):
-                raise InputError(f"loss of epoch {epoch} is not finite: start another run, with a "
-                                 f"lower --lr-head ({args.lr_head}) and --lr-backbone "
-                                 f"({args.lr_backbone}), or with --amp off")
+                raise InputError(f"the loss of epoch {epoch} is not finite: start another run with "
+                                 "lower learning rates (--lr-head, --lr-backbone), or --amp off")
             if RANK == 0:
                 checkpoint = facts | {"epoch": epoch, "temperature": temperature, "model": {
                     name: value.cpu() for name, value in network.state_dict().items()}}
                 if best_epoch(history) == epoch:
                     save_checkpoint(run / "best.pt", checkpoint)
                 write_csv(run / "history.csv", history)
-                if epoch == first:
-                    write_json(run / "split.json", split.manifest)
-                    write_json(run / "config.json", facts | {  # for people
-                        "split": "split.json", "checksums": "last.pt", "device": str(device),
-                        "precision": str(precision)})
+                write_json(run / "split.json", split.manifest)
+                write_json(run / "config.json", facts | {  # for people
+                    "split": "split.json", "checksums": "last.pt", "device": str(device),
+                    "precision": str(precision)})
                 save_checkpoint(run / "last.pt", checkpoint | {  # last, as it counts on the others
                     "history": history, "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict()})
@@ -757,20 +752,40 @@ def fine_tune(args: argparse.Namespace) -> None:
         if best["epoch"] != best_epoch(history):
             raise InputError(f"'{run / 'best.pt'}' is not of the best epoch: start another run")
         network.load_state_dict(best["model"])
-        score(model, test, best, args, history)
+        return model, history, score(model, test, best, args, history)
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Pre-train a small network on drawn pictures. Then fine-tune it on a few pictures of other
+    classes, and train one from scratch on the same. An interrupted demo goes on."""
+    from_rank_0(disk.draw_demo, Path("demo"))
+    results, compared = {}, Path("runs/demo/comparison.png")
+    for name, options in DEMO.items():
+        run = f"runs/demo/{name}"
+        words = f"--resume {run}" if os.path.exists(f"{run}/last.pt") else (
+            f"{options} --fraction 1 --image-size 64 --out {run}")
+        print(f"\n== {name}: python Q3.py {words}\n", flush=True)
+        results[name] = fine_tune(get_args(words.split()))
+    if RANK == 0:
+        del results["pre-trained"]
+        print("\nTen classes  | Test (95 % interval)    | Epochs | Seconds | Parameters that learn")
+        for name, (model, history, report) in results.items():
+            print("{:12} | {:.4f} ({:.4f}-{:.4f}) | {:6} | {:7.1f} | {:21,}".format(
+                name, report["accuracy"], *report["accuracy_interval_95"], history[-1]["epoch"],
+                sum(row["seconds"] for row in history),
+                sum(value.numel() for value in model.parameters() if value.requires_grad)))
+        if matplotlib:
+            draw_curves(compared, {name: results[name][1:] for name in results})
+            print(f"\nBoth curves: {compared}")
 
 
 # -- What serves the job: several processes, files, the test, use, pictures ------------------------
-
 def data_parallel(model: FineTuned) -> nn.Module:
     """The model as one process or several train it. Raises InputError: several can't."""
     if WORLD_SIZE == 1:
         return model
     if not model.hold_batchnorm:
-        if model.device.type == "cpu":
-            raise InputError("this recipe learns BatchNorm's statistics, which CPU processes can't "
-                             "share: use one process")
-        nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
+        raise InputError("this recipe learns BatchNorm's statistics: use one process")
     return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
@@ -785,7 +800,8 @@ def run_folder(args: argparse.Namespace):
         yield run, cache
     except KeyboardInterrupt:
         start = f"torchrun --nproc-per-node={LOCAL_WORLD_SIZE}" if WORLD_SIZE > 1 else "python"
-        command = f"{start} {disk.quoted(sys.argv[0])} --resume {disk.quoted(str(run))}"
+        job = "--demo" if "--demo" in sys.argv else f"--resume {disk.quoted(str(run))}"
+        command = f"{start} {disk.quoted(sys.argv[0])} {job}"
         raise KeyboardInterrupt(f"go on with: {command}" if (run / "last.pt").exists() else
                                 "nothing was kept, type the command again") from None
     finally:
@@ -800,7 +816,7 @@ def print_banner(args: argparse.Namespace, parts: dict[str, list], model: FineTu
                             if parameter.requires_grad == learns) for learns in (True, False))
     print(f"Photos      {', '.join(f'{len(pairs):,} {part}' for part, pairs in parts.items())} "
           f"({args.data}, --fraction {args.fraction:g})\n"
-          f"Network     {'small CNN' if args.from_scratch else 'ResNet50'} ({args.weights}): "
+          f"Network     {args.architecture} ({args.weights}): "
           f"{learning:,} parameters learn, {frozen:,} are frozen\n"
           f"Machine     {model.device}, {str(model.precision).removeprefix('torch.')}, "
           f"{torch.get_num_threads()} threads, processes: {WORLD_SIZE}\n"
@@ -811,21 +827,12 @@ def describe_run(args: argparse.Namespace, manifest: dict, checksums: dict[str, 
     """What a checkpoint holds besides the network and its results."""
     left_out = {"typed", "out", "demo", "download", "workers", "resume", "evaluate", "predict"}
     return {"format": CHECKPOINT_FORMAT, "classes": manifest["classes"], "split": manifest,
-            "architecture": "small_cnn" if args.from_scratch else "resnet50",
-            "checksums": checksums,
+            "architecture": args.architecture, "checksums": checksums,
             "options": {name: str(value) if isinstance(value, Path) else value
                         for name, value in vars(args).items() if name not in left_out},
             "preprocessing": {"image_size": args.image_size, "interpolation": "bilinear",
                               "border": RECIPES[args.recipe].border, "mean": MEAN, "std": STD},
             "versions": {"torch": str(torch.__version__), "pillow": PIL.__version__}}
-
-
-def check_unchanged(before: dict, now: dict) -> None:
-    """Raise InputError unless a resumed run learns from the pixels that it began with."""
-    if differ := dict(before["checksums"].items() ^ now["checksums"].items()):
-        raise InputError(f"{len(differ)} photos are not as when the run began, '{min(differ)}' for "
-                         "one: put them back, or start another run. (Pillow, which decodes them, "
-                         f"was {before['versions']['pillow']} then, and is {PIL.__version__} now)")
 
 
 def save_checkpoint(file: Path, checkpoint: dict) -> None:
@@ -844,30 +851,26 @@ def load_tensors(file: Path):
         content.seek(0)
         if not damaged:
             return torch.load(content, map_location="cpu", weights_only=True)
-        problem = f"is damaged in its part {damaged!r}"
     except Exception as error:  # torch.load raises any kind for other files
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        problem = f"holds code, {code[1]}, which was not run" if code else "is no torch file"
-    raise InputError(f"'{file}' {problem}: give a file of tensors that torch.save wrote")
+        damaged = " ".join(re.findall(r"GLOBAL \S+", str(error))) or "no torch file"
+    raise InputError(f"'{file}' is damaged, or holds more than tensors, as code, which was not run "
+                     f"({damaged}): give a file of tensors that torch.save wrote")
 
 
-def load_checkpoint(file: Path, *needed: str) -> dict:
-    """A checkpoint of this script, on the CPU. Raises InputError: it isn't one, or lacks a key."""
+def load_checkpoint(file: Path) -> dict:
+    """A checkpoint of this script, on the CPU. Raises InputError: it isn't one."""
     checkpoint = load_tensors(file)
-    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-    if found != CHECKPOINT_FORMAT:
-        raise InputError(f"'{file}' is no checkpoint of this version of Q3.py (format {found}, not "
-                         f"{CHECKPOINT_FORMAT}); if it is a state dict, give it to --weights")
-    if lacking := {"model", "options", "preprocessing", *needed} - checkpoint.keys():
-        raise InputError(f"'{file}' lacks {', '.join(sorted(lacking))}: is it a run's last.pt?")
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise InputError(f"'{file}' is no checkpoint of this version of Q3.py: if it is a state "
+                         "dict or an older checkpoint, give it to --weights")
     return checkpoint
 
 
-def score(model: FineTuned, photos: Photos, checkpoint: dict, args, history=()) -> None:
-    """Test a checkpoint, which the model has loaded; write test.json, predictions.csv, pictures."""
+def score(model: FineTuned, photos: Photos, checkpoint: dict, args, history=()) -> dict:
+    """Test a checkpoint, which the model has loaded; write and return what it came to."""
     logits = predict(model, photos, args.batch_size, "test")
     if RANK > 0:
-        return
+        return {}
     classes, temperature = checkpoint["classes"], checkpoint["temperature"]
     report = {"epoch": checkpoint["epoch"], "temperature": temperature,
               **test_report(logits, photos.labels, classes, temperature)}
@@ -878,8 +881,10 @@ def score(model: FineTuned, photos: Photos, checkpoint: dict, args, history=()) 
              photos.paths, photos.labels, predicted, confidence, strict=True)])
     write_json(args.out / "test.json", report)
     print_report(report)
-    draw_pictures(args.out, report, photos, confidence, predicted, history)
-    print(f"\nCheckpoints, tables and pictures: {args.out}")
+    if matplotlib:
+        draw_pictures(args.out, report, photos, confidence, predicted, history)
+    print(f"\nResults: {args.out}", "" if matplotlib else "(for pictures: pip install matplotlib)")
+    return report
 
 
 def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -926,15 +931,14 @@ def print_report(report: dict) -> None:
 
 
 def load_trained(file: str | Path, args: argparse.Namespace) -> tuple[dict, FineTuned]:
-    """A checkpoint and its network. Options that were not given become those of its training."""
+    """A checkpoint and its network; options that weren't given become those of its training."""
     checkpoint = load_checkpoint(Path(file))
     vars(args).update(checkpoint["options"] | {"device": "auto"} | args.typed)
-    device, classes = pick_device(args.device), len(checkpoint["classes"])
+    device = pick_device(args.device)
     if args.amp == "fp16" and device.type != "cuda" and "amp" not in args.typed:
         args.amp = "auto"  # it was trained on an NVIDIA GPU
-    network = build_small_cnn(classes) if args.from_scratch else build_resnet50(classes, "none")
-    network.load_state_dict(checkpoint["model"])
-    model = FineTuned(network, args.freeze, device, pick_precision(args.amp, device))
+    model = FineTuned(trained_network(checkpoint), args.freeze, device,
+                      pick_precision(args.amp, device))
     return checkpoint, model.eval()
 
 
@@ -955,27 +959,19 @@ def evaluate(args: argparse.Namespace) -> None:
         loaded, _ = load_photos({"test": pairs}, {folder: files}, cache, args.image_size,
                                 checkpoint["preprocessing"]["border"], args.workers)
         if learnt := loaded["test"].checksums().items() & checkpoint["checksums"].items():
-            print(f"Note        {len(learnt):,} of the photos took part in training, "
-                  f"'{min(learnt)[0]}' for one: the result is optimistic")
+            print(f"Note        {len(learnt):,} of the photos took part in training: optimistic")
         score(model, loaded["test"], checkpoint, args)
 
 
 @torch.no_grad()
 def classify(args: argparse.Namespace) -> None:
     """Print a row for each photo: its path, then the likeliest classes, each with its confidence,
-    between tabs. A photo that can't be read gets a row that says why."""
-    if RANK > 0:  # one process reads standard input
-        return
+    between tabs; or why it can't be read."""
     file, *places = args.predict
     checkpoint, model = load_trained(file, args)
     classes, border = checkpoint["classes"], checkpoint["preprocessing"]["border"]
-    typed = places in ([], ["-"]) and sys.stdin.isatty()
-    if places in ([], ["-"]):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a name may hold any bytes
-        places = (line.rstrip("\r\n") for line in sys.stdin if line.strip())
-    photos = (photo for place in places for photo in disk.photos_in(Path(place)))
+    photos = [photo for place in places for photo in disk.photos_in(Path(place))]
     read = partial(read_photo, size=args.image_size, border=border)
-    size = 1 if typed else args.batch_size  # a row as soon as a path was typed
 
     def print_row(*cells) -> None:
         print("\t".join(re.sub(r"[\t\r\n]", " ", str(cell)) for cell in cells), flush=True)
@@ -983,8 +979,9 @@ def classify(args: argparse.Namespace) -> None:
     print_row("path", *[name + place for place in ("", "_2", "_3")[:len(classes)]
                         for name in ("class", "confidence")])
     with ThreadPoolExecutor(args.workers) as pool:
-        while group := list(islice(photos, size)):
-            found = list(pool.map(read, group))
+        for start in range(0, len(photos), args.batch_size):
+            group = photos[start:start + args.batch_size]
+            found = [*pool.map(read, group)]
             whole = [pixels for pixels in found if isinstance(pixels, torch.Tensor)]
             if whole:
                 maps = model.maps(send(torch.stack(whole), model.device))
@@ -999,7 +996,6 @@ def classify(args: argparse.Namespace) -> None:
 @contextmanager
 def picture(file: Path, width: float, height: float):
     """A matplotlib figure of so many inches, written in the end."""
-    import matplotlib.figure
     image = io.BytesIO()
     with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # names in scripts that the font lacks
@@ -1009,27 +1005,30 @@ def picture(file: Path, width: float, height: float):
     write_whole(file, image.getbuffer())
 
 
+def draw_curves(file: Path, runs: dict[str, tuple[list[dict], dict]]) -> None:
+    """Draw loss and accuracy of runs, (history, report) by name; a star is the test."""
+    with picture(file, 10, 4) as figure:
+        for axes, key, title in zip(figure.subplots(1, 2), ("loss", "acc"), ("loss", "accuracy")):
+            for number, (name, (history, report)) in enumerate(runs.items()):
+                for part, style in (("train", "o--"), ("val", "s-")):
+                    axes.plot([row["epoch"] for row in history],
+                              [row[f"{part}_{key}"] for row in history],
+                              f"{style}C{number}", markersize=3, label=f"{name} {part}".strip())
+                axes.plot(report["epoch"], report[title], f"*C{number}", markersize=14,
+                          label=f"{name} test, best epoch".strip())
+            axes.set(xlabel="epoch", ylabel=title, ylim=0)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.legend()
+
+
 def draw_pictures(out: Path, report: dict, photos: Photos, confidence: torch.Tensor,
                   predicted: torch.Tensor, history: list[dict]) -> None:
-    """Draw a history's curves.png, and confusion.png, mistakes.png, reliability.png of a test."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        return print(f"Pictures    skipped: matplotlib is not installed ({error})")
+    """Draw curves.png of a history, and confusion.png, mistakes.png, reliability.png of a test."""
+    if history:
+        draw_curves(out / "curves.png", {"": (history, report)})
     names, paths = ([name[-26:].encode(errors="replace").decode() for name in names]
                     for names in (report["classes"], photos.paths))  # as fonts can show them
     correct = predicted == photos.labels
-
-    if history:
-        with picture(out / "curves.png", 10, 4) as figure:
-            epochs = [row["epoch"] for row in history]
-            for axes, key in zip(figure.subplots(1, 2), ("loss", "acc")):
-                for part, style in (("train", "o--C1"), ("val", "s-C0")):
-                    axes.plot(epochs, [row[f"{part}_{key}"] for row in history], style, label=part)
-                axes.axvline(report["epoch"], color="grey", linestyle=":", label="best epoch")
-                axes.set(xlabel="epoch", ylabel={"loss": "loss", "acc": "accuracy"}[key], ylim=0)
-                axes.xaxis.get_major_locator().set_params(integer=True)
-                axes.legend()
 
     counts, side = torch.tensor(report["confusion"]), min(40, 3 + 0.5 * len(names))
     fractions = counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -1081,7 +1080,8 @@ def main(args: argparse.Namespace) -> None:
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - rank 0 prints
     try:
-        (evaluate if args.evaluate else classify if args.predict else fine_tune)(args)
+        (demo if args.demo else evaluate if args.evaluate else
+         classify if args.predict else fine_tune)(args)
         if WORLD_SIZE > 1:
             distributed.destroy_process_group()
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError

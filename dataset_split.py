@@ -12,7 +12,6 @@ photos, a test part is set aside first, by a hash of the path alone.
 
 import argparse
 import csv
-import difflib
 import hashlib
 import http.client
 import io
@@ -33,7 +32,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from tqdm import tqdm
+try:
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    print(f"{error}: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 ARCHIVE = "https://storage.googleapis.com/wandb_datasets/nature_12K.zip"
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -349,17 +352,20 @@ def materialize(manifest: dict, source: Path, target: Path, mode: str) -> None:
 
 
 # -- Data sets: one drawn, one downloaded ----------------------------------------------------------
+FORMULAS = [f"Formula {number:02}" for number in range(24)]
 PATTERNS = ("Checks", "Crosses", "Discs", "Dots", "Rays", "Rings", "Spirals", "Stripes",
             "Triangles", "Waves")
 
 
-def draw_demo(folder: Path, train: int = 100, test: int = 40) -> None:
-    """Draw `train` + `test` pictures a class in folder/train and val/, once. Raises InputError."""
-    if os.path.isdir(folder / "train" / "Checks") and os.path.isdir(folder / "val"):
+def draw_demo(folder: Path, source: int = 100, train: int = 20, test: int = 40) -> None:
+    """Draw folder/source and folder/target, once: of each of FORMULAS `source` pictures, of each of
+    PATTERNS `train` for training and `test` for the test. Raises InputError."""
+    if os.path.isdir(folder / "source") and os.path.isdir(folder / "target"):
         return
+    parts = (("source", FORMULAS, source), ("target/train", PATTERNS, train),
+             ("target/val", PATTERNS, test))
     files = [(name, Path(part, name, f"{index:03}.png"))
-             for part, count in (("train", train), ("val", test))
-             for name in PATTERNS for index in range(count)]
+             for part, names, count in parts for name in names for index in range(count)]
     with disk_errors(f"--demo can't draw its pictures in '{folder}'"), _whole_folder(folder) as new:
         for number, (name, file) in enumerate(tqdm(files, "Drawing", leave=False, disable=None)):
             (new / file).parent.mkdir(parents=True, exist_ok=True)
@@ -367,17 +373,19 @@ def draw_demo(folder: Path, train: int = 100, test: int = 40) -> None:
 
 
 def draw_picture(name: str, seed, width: int = 80, height: int = 64):
-    """A PIL image of one of PATTERNS, in random colours, place, size and direction."""
+    """A PIL image of one of PATTERNS or FORMULAS, in random colours, place, size and direction."""
     import numpy as np  # here, because the rest of the module does without
     from PIL import Image
 
     random = np.random.default_rng(seed)
-    across, down = np.meshgrid(np.arange(width) - width * random.uniform(0.35, 0.65),
-                               np.arange(height) - height * random.uniform(0.35, 0.65))
-    r = np.hypot(across, down) / random.uniform(2.5, 4.5)
+    across, down = np.meshgrid(np.arange(width) - width * random.uniform(0.4, 0.6),
+                               np.arange(height) - height * random.uniform(0.4, 0.6))
+    r = np.hypot(across, down) / random.uniform(1.8, 3.2)
     angle = np.arctan2(down, across) + random.uniform(0, 2 * np.pi)
     x, y = r * np.cos(angle), r * np.sin(angle)
-    painted = {
+    formula = np.random.default_rng(zlib.crc32(name.encode())).integers(-2, 3, (2, 4))
+    waves = np.sin(np.tensordot(formula, (x / 2, y / 2, r / 2, angle), 1)).sum(0) > 0.3
+    painted = waves & ((r < 7) | (name > "Formula 12")) if name in FORMULAS else {
         "Checks": np.sin(x) * np.sin(y) > 0, "Discs": r < 5, "Dots": np.cos(x) + np.cos(y) > 0.8,
         "Crosses": (r < 6) & (np.minimum(abs(x), abs(y)) < 1.3), "Rays": np.sin(7 * angle) > 0,
         "Rings": np.sin(1.5 * r) > 0, "Spirals": np.sin(r + 2 * angle) > 0,
@@ -425,7 +433,8 @@ def _fetch(url: str, file: Path) -> None:
             if getattr(error, "code", None) == 416:  # nothing comes after the bytes we have
                 return
             problem = error
-    raise InputError(f"can't fetch {url} ({problem}): the same command goes on with what is here")
+    raise InputError(f"can't fetch {url} ({problem}): the same command goes on with what is here, "
+                     "and Q3.py --demo needs no network")
 
 
 def _unpack(archive: Path, folder: Path) -> None:
@@ -444,15 +453,7 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 # -- The command -----------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are an InputError of one line, with a guess at a typo."""
-
-    def parse_args(self, args=None, namespace=None):
-        args, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
-            self.error(f"no option {unknown[0]!r}" + (f": did you mean {near[0]}?" if near else ""))
-        return args
-
+    """An ArgumentParser whose errors are an InputError of one line."""
     def error(self, message):
         raise InputError(f"{message} (all options: python {self.prog} --help)")
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from Q3 import FineTuned, build_resnet50
+from Q3 import FineTuned, build_network
 
 LEARNING = {9: "fc", 7: "layer4, fc", 6: "layer3, layer4, fc", 5: "layer2 to fc",
             4: "layer1 to fc", 0: "everything"}
@@ -29,7 +29,7 @@ LEARNING = {9: "fc", 7: "layer4, fc", 6: "layer3, layer4, fc", 5: "layer2 to fc"
 
 def measure(freeze: int, size: int, batch: int = 4) -> tuple[int, float, float]:
     """Parameters that learn; GFLOP and bytes of kept activations a photo, of one training step."""
-    network = build_resnet50(10, "none")
+    network = build_network("resnet50", None, 10)
     model = FineTuned(network, freeze, torch.device("cpu")).train()
     pixels = torch.zeros(batch, size, size, 3, dtype=torch.uint8)
     own = {tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())}

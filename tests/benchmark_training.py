@@ -90,7 +90,8 @@ def plain_loop(args: argparse.Namespace, layers=("layer3", "layer4"), held=6, wo
     split, device = disk.load_split(args), Q3.pick_device(args.device)
     classes = split.manifest["classes"]
     torch.manual_seed(args.seed)
-    model = Q3.build_resnet50(len(classes), args.weights).to(device).requires_grad_(False)
+    model = Q3.build_network(*Q3.read_weights(args.weights), len(classes))
+    model = model.to(device).requires_grad_(False)
     backbone = nn.ModuleList(getattr(model, name) for name in layers).requires_grad_(True)
     optimizer = torch.optim.Adam([
         {"params": list(model.fc.requires_grad_(True).parameters()), "lr": 1e-3},
@@ -209,7 +210,8 @@ def matrix_product_rate(precision: torch.dtype, device: torch.device) -> float:
 
 def training_step(args, device: torch.device, precision: torch.dtype) -> tuple[float, float]:
     """Of Q3.py's training step on maps that lie on the device: photos a second, GFLOP a photo."""
-    model = Q3.FineTuned(Q3.build_resnet50(10, args.weights), 6, device, precision, True)
+    network = Q3.build_network(*Q3.read_weights(args.weights), 10)
+    model = Q3.FineTuned(network, 6, device, precision, True)
     side, batch = round(Q3.RECIPES["tuned"].crop * 28), Q3.RECIPES["tuned"].batch_size
     maps = torch.rand(batch, 512, side, side, device=device).to(precision)
     labels = torch.arange(batch, device=device) % 10

@@ -31,7 +31,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 def a_model(freeze: int = 6, **options) -> Q3.FineTuned:
     torch.manual_seed(0)
-    return Q3.FineTuned(Q3.build_resnet50(4, "none"), freeze, CPU, **options)
+    return Q3.FineTuned(Q3.build_network("resnet50", None, 4), freeze, CPU, **options)
 
 
 def photos_of(pixels: torch.Tensor, labels: torch.Tensor | None = None) -> Q3.Photos:
@@ -285,7 +285,6 @@ def test_workers_is_the_number_of_photos_decoded_at_once(quick_run, monkeypatch)
     (("--weights", "none"), "scratch", (1e-3, 1e-3), 40, 0),
     (("--weights", "none", "--recipe", "reference"), "reference", (1e-3, 1e-4), 5, 0),
     (("--recipe", "scratch"), "scratch", (1e-3, 1e-3), 40, 6),
-    (("--demo",), "scratch", (1e-3, 1e-3), 20, 0),
     (("--lr-head", "0.5", "--epochs", "7", "--freeze", "0"), "tuned", (0.5, 1e-4), 7, 0)])
 def test_defaults_are_those_of_the_recipe(flags, recipe, rates, epochs, freeze):
     args = Q3.get_args(list(flags))
@@ -300,16 +299,16 @@ def test_defaults_are_those_of_the_recipe(flags, recipe, rates, epochs, freeze):
     (["--batch-size", "0"], "outside [1"), (["--epochs", "two"], "invalid number value: 'two'"),
     (["--freeze", "10"], "outside [0, 9]"), (["--lr-backbone", "inf"], "outside (0"),
     (["--image-size", "63"], "outside [64"), (["--recipe", "best"], "'best'"),
-    (["--weights", "none", "--recipe", "tuned"], "--recipe tuned builds on trained weights"),
-    (["--from-scratch", "--recipe", "tuned"], "--recipe tuned builds on trained weights"),
+    (["--weights", "none", "--recipe", "tuned"], "random weights can't learn with --recipe tuned"),
+    (["--from-scratch", "--recipe", "tuned"], "random weights can't learn with --recipe tuned"),
     (["--from-scratch", "--weights", "none"], "not allowed with"),
     (["--resume", "out", "--epochs", "9"], "--epochs can't be given with --resume"),
     (["--resume", "out", "--batch-size", "4"], "--batch-size can't be given with --resume"),
     (["--evaluate", "a.pt", "--lr-head", "1"], "--lr-head can't be given with --evaluate"),
     (["--predict", "a.pt", "--data", "d"], "--data can't be given with --predict"),
     (["--resume", "out", "--evaluate", "a.pt"], "not allowed with"),
-    (["--epoch", "3"], "no option '--epoch': did you mean --epochs?"),
-    (["--lr_head", "3"], "did you mean --lr-head?"), (["--xyzzy"], "no option '--xyzzy' (all")])
+    (["--epoch", "3"], "unrecognized arguments: --epoch 3 (all options: python Q3.py --help)"),
+    (["--lr_head", "3"], "unrecognized arguments: --lr_head 3")])
 def test_wrong_options(refused, flags, words):
     assert words in refused("Q3.py", *flags)
 
@@ -372,7 +371,7 @@ def test_step_forward_on_a_gpu_that_computes_no_numbers(monkeypatch):
         model = Q3.FineTuned(network, 6, CUDA).train()
         pixels = torch.zeros(4, 224, 224, 3, dtype=torch.uint8)
         maps = model.maps(Q3.send(pixels, CUDA))
-        cut = Q3.crop(maps, torch.rand(4, 2), 5 / 7).permute(0, 3, 1, 2)
+        cut = maps[:, :20, 8:].permute(0, 3, 1, 2)
         logits = model(cut)
         losses = F.cross_entropy(logits, Q3.send(torch.zeros(4).long(), CUDA), reduction="none")
         assert maps.shape == (4, 28, 28, 512)
@@ -594,7 +593,7 @@ def test_cache_that_cannot_be_used(small_network, shared_data, refused, monkeypa
 @pytest.mark.parametrize("freeze", range(10))
 def test_the_cut_network_computes_what_the_whole_one_does(small_network, freeze):
     """With every BatchNorm of the trunk folded into the convolution before it."""
-    network = Q3.build_resnet50(5, "small.pth").eval()
+    network = Q3.build_network(*Q3.read_weights("small.pth"), 5).eval()
     model, pixels = Q3.FineTuned(network, freeze, CPU).eval(), random_pixels(2)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.trunk.modules())
     with torch.no_grad():
@@ -604,7 +603,7 @@ def test_the_cut_network_computes_what_the_whole_one_does(small_network, freeze)
 
 @pytest.mark.parametrize("freeze", range(10))
 def test_optimiser_holds_exactly_what_learns(small_network, freeze):
-    network = Q3.build_resnet50(10, "none")
+    network = Q3.build_network("resnet50", None, 10)
     model = Q3.FineTuned(network, freeze, CPU)
     head, backbone = Q3.build_optimizer(model, 1e-3, 1e-4).param_groups
     learning = [parameter for child in list(network.children())[freeze:]
@@ -634,12 +633,12 @@ def test_frozen_layers_stay_in_eval_mode_and_build_no_graph(small_network, hold)
 
 def test_small_cnn_takes_any_size_and_learns_all_of_itself(shared_data, capsys):
     for size in (64, 75, 224):
-        network = Q3.FineTuned(Q3.build_small_cnn(7), 0, CPU)
+        network = Q3.FineTuned(Q3.build_network("small_cnn", None, 7), 0, CPU)
         assert network(torch.zeros(2, 3, size, size)).shape == (2, 7)
     assert call("Q3.py", "--data", shared_data, *QUICK[2:], "--from-scratch", "--out", "out") == 0
     assert "393,875 parameters learn, 0 are frozen" in capsys.readouterr().out
     torch.manual_seed(0)
-    before, checkpoint = Q3.build_small_cnn(3).state_dict(), load("out/best.pt")
+    before, checkpoint = Q3.build_network("small_cnn", None, 3).state_dict(), load("out/best.pt")
     assert checkpoint["architecture"] == "small_cnn"
     assert all((value != before[name]).any() for name, value in checkpoint["model"].items())
 
@@ -652,17 +651,17 @@ def test_result_is_the_same_where_there_is_no_room_for_maps(quick_run, monkeypat
                                                             freeze):
     flags = ("--recipe", recipe, "--freeze", freeze, "--epochs", 2)
     cached = quick_run("cached", *flags)
-    assert ("computed once" if freeze else "nothing is frozen") in capsys.readouterr().out
+    assert ("saw each photo once" if freeze else "nothing is frozen") in capsys.readouterr().out
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**6))
     again = quick_run("again", *flags, "--cache", "other")
-    assert ("computed again in each step" in capsys.readouterr().out) == (freeze > 0)
+    assert ("frozen layers run in each step" in capsys.readouterr().out) == (freeze > 0)
     assert benchmark_kills.equal(benchmark_kills.result(cached), benchmark_kills.result(again))
 
 
 def test_maps_fill_half_of_the_disk_at_most_and_belong_to_one_trunk(small_network, monkeypatch):
     def cached(model, photos):
         said = Q3.cache_maps(model, [photos := dataclasses.replace(photos, maps=None)])
-        return said.startswith("computed once") and photos.maps.file.name
+        return "once" in said and photos.maps.file.name
     photos, model, room = photos_of(random_pixels(3)), a_model(), 3 * 8 * 8 * 128 * 4
     for free, kept in ((2 * room - 1, False), (2 * room, True), (0, True)):  # then it is there
         with monkeypatch.context() as patch:
@@ -862,7 +861,7 @@ def test_loss_that_is_not_finite_never_reaches_a_checkpoint(quick_run, shared_da
             yield maps * (math.nan if title == "epoch 2/3" else 1), labels, count
     monkeypatch.setattr(Q3, "batches", spoilt)
     line = refused("Q3.py", "--data", shared_data, *QUICK, "--epochs", 3, "--out", "out")
-    for words in ("loss of epoch 2 is not finite", "--lr-head (0.001)", "--lr-backbone (0.0001)"):
+    for words in ("loss of epoch 2 is not finite", "--lr-head", "--amp off"):
         assert words in line
     last = load("out/last.pt")
     assert last["epoch"] == 1 and [row["epoch"] for row in last["history"]] == [0, 1]

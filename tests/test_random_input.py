@@ -143,4 +143,4 @@ def test_damaged_checkpoints_and_weights_are_refused(damage, name):
     for words in (("--resume", "other"), ("--predict", f"other/{name}", "missing.jpg")):
         assert call("Q3.py", *words) in (0, 2)
     Path("damaged.pth").write_bytes(damaged(Path("small.pth").read_bytes(), damage))
-    answer(Q3.build_resnet50, 3, "damaged.pth")
+    answer(lambda: Q3.build_network(*Q3.read_weights("damaged.pth"), 3))
