@@ -13,10 +13,12 @@ which photos there are, and which part each is in.
 
 import argparse
 import hashlib
+import importlib.util
 import io
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -47,9 +49,6 @@ try:
 except ModuleNotFoundError as error:
     print(f"{error}: pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)
-matplotlib = None  # without it there are no pictures
-with suppress(ImportError):
-    import matplotlib.figure
 
 torch.backends.cudnn.deterministic = True  # the same seed, the same run
 torch.backends.cudnn.allow_tf32 = False  # float32 is float32
@@ -58,12 +57,13 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # suc
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's red, green, blue in [0, 1]
 PENALTY = 0.03  # on the squared weights of the logistic regression that fc starts from
-SOFTER = 0.3  # multiplies fc before epoch 1: too confident, it would teach the layers below little
+SOFTER = 0.3  # times fc before epoch 1: an overconfident fc passes hardly any gradient down
 WARMUP = 0.1  # part of the steps in which the learning rates rise
 BINS = 15  # of confidence, in the calibration error and its picture
-CACHE_FORMAT = 3  # to be raised when read_photo or FineTuned.maps give something else
+CACHE_FORMAT = 4  # to be raised when read_photo or FineTuned.maps give something else
 CHECKPOINT_FORMAT = 6  # likewise, when a checkpoint holds something else, or another optimiser
 ROW = "{epoch:5} | {train_loss:10.4f} | {train_acc:9.4f} | {val_loss:8.4f} | {val_acc:7.4f}"
+HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE = (  # what torchrun tells each of its processes
     int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
@@ -92,9 +92,8 @@ RECIPES = {  # border, crop, fit_head, hold_batchnorm, cosine, batch_size, lr_he
     "reference": Recipe(None, 1.0, False, False, False, 64, 1e-3, 1e-4, epochs=5),
     "scratch": Recipe(1 / 16, 5 / 7, False, False, True, 64, 1e-3, 1e-3, epochs=40),
 }
-DEMO = {  # its runs, and the options of each besides --fraction 1 --image-size 64
-    "pre-trained": "--data demo/source --from-scratch --epochs 12 --batch-size 32 "
-                   "--val-fraction 0.05 --test-fraction 0.05",
+DEMO = {  # its runs, and the options of each besides those that all have
+    "pre-trained": "--data demo/source --from-scratch --epochs 12",
     "fine-tuned": "--data demo/target --weights runs/demo/pre-trained/best.pt --freeze 4",
     "from-scratch": "--data demo/target --from-scratch",
 }
@@ -119,23 +118,21 @@ def get_args_parser() -> disk.Parser:
     add("--split", type=Path, metavar="FILE", help="a manifest, instead of the fractions")
     add("--image-size", type=disk.number(int, 64, 4096), default=224, metavar="N",
         help="the network sees N x N pixels (default: 224)")
-    add("--workers", type=disk.number(int, 1, 4096), default=CORES, metavar="N",
-        help="threads that decode photos (default: one a core)")
-    add("--cache", type=Path, default=Path(".cache"), metavar="DIR",
-        help="where pixels and feature maps stay; none: keep nothing (default: .cache)")
+    add("--workers", type=size, default=CORES, metavar="N", help="threads (default: one a core)")
+    add("--cache", type=Path, default=Path(".cache"), metavar="DIR", help="for later runs, or none")
 
     group = parser.add_argument_group("network")
     add = group.add_mutually_exclusive_group().add_argument
     add("--weights", default="IMAGENET1K_V2", metavar="SPEC",
-        help="IMAGENET1K_V1, IMAGENET1K_V2 (default), the file of a ResNet50 state dict, or none")
+        help="IMAGENET1K_V2 (default) or _V1, a ResNet50 state dict, a checkpoint of this, or none")
     add("--from-scratch", action="store_true", help="train a small CNN from random weights instead")
-    group.add_argument("--freeze", type=disk.number(int, 0, 9), metavar="N", help="""freeze the
-        first N of conv1, bn1, relu, maxpool, layer1-4, avgpool (default: 6; random weights: 0)""")
+    group.add_argument("--freeze", type=disk.number(int, 0, 9), metavar="N", help="""freeze
+        the first N of conv1, bn1, relu, maxpool, layer1-4 or block1-5, avgpool (default: 6)""")
 
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, help="default: tuned; random weights: scratch")
     add("--epochs", type=size, metavar="N", help="default: 5; scratch: 40")
-    add("--batch-size", type=size, metavar="N", help="photos in a step (default: 32; others: 64)")
+    add("--batch-size", type=size, metavar="N", help="of a step (default: 32; other recipes: 64)")
     add("--lr-head", type=rate, metavar="LR", help="of fc (default: 1e-3)")
     add("--lr-backbone", type=rate, metavar="LR", help="below fc (default: 1e-4; scratch: 1e-3)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: auto")
@@ -171,6 +168,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         setattr(args, name, getattr(args, name) or getattr(RECIPES[args.recipe], name))
     if args.weights == "none" and RECIPES[args.recipe].hold_batchnorm:
         parser.error("random weights can't learn with --recipe tuned: give scratch or reference")
+    if args.predict and len(args.predict) < 2:
+        parser.error("--predict CKPT needs photos or folders after it")
     if args.split and typed.keys() & {"fraction", "val_fraction", "test_fraction"}:
         parser.error("--split FILE says which photos are used: leave the fractions out")
     return args
@@ -211,8 +210,7 @@ def pick_device(name: str) -> torch.device:
              "mps": int(torch.backends.mps.is_available()), "cpu": LOCAL_WORLD_SIZE}
     name = next(kind for kind in count if count[kind]) if name == "auto" else name
     if count[name] < LOCAL_WORLD_SIZE:
-        raise InputError(f"--device {name}: {LOCAL_WORLD_SIZE} needed, {count[name]} found by this "
-                         "build of torch. Give --device cpu, or torchrun fewer processes")
+        raise InputError(f"--device {name}: torch finds {count[name]}, {LOCAL_WORLD_SIZE} needed")
     return torch.device("cuda", LOCAL_RANK) if name == "cuda" else torch.device(name)
 
 
@@ -233,7 +231,7 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device; a GPU gets it while it still computes something else."""
+    """The tensor on the device; small ones come while a GPU still computes something else."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
@@ -378,7 +376,7 @@ def build_network(architecture: str, state: dict | None, classes: int) -> nn.Mod
             network.load_state_dict({str(name): value for name, value in state.items()
                                      if not str(name).startswith("fc.")})
         except RuntimeError as error:  # what differs: a line each, after a headline
-            raise InputError(f"these --weights are not of a {architecture}: "
+            raise InputError(f"--weights are not those of a {architecture}, give others: "
                              f"{str(error).splitlines()[1].strip():.200}") from None
     network.fc = nn.Linear(features, classes)  # starts uniform in +-1 / sqrt(features)
     return network
@@ -391,11 +389,11 @@ def trained_network(checkpoint: dict) -> nn.Module:
     return network
 
 
-def read_weights(spec: str, small: bool = False) -> tuple[str, dict[str, torch.Tensor] | None]:
+def read_weights(spec: str, scratch: bool = False) -> tuple[str, dict[str, torch.Tensor] | None]:
     """The architecture and the state dict that --weights names; for none: which, and no dict.
     Raises InputError: they can't be had, or this is no file."""
     if spec == "none":
-        return "small_cnn" if small else "resnet50", None
+        return "small_cnn" if scratch else "resnet50", None
     if spec in ResNet50_Weights.__members__:
         weights = ResNet50_Weights[spec]
         try:
@@ -419,7 +417,7 @@ def build_small_cnn() -> nn.Module:
     for block in range(1, 6):
         network.add_module(f"block{block}", nn.Sequential(
             nn.Conv2d(channels[block - 1], channels[block], 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels[block]), nn.ReLU(), nn.MaxPool2d(3, 2, 1)))
+            nn.BatchNorm2d(channels[block]), nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)))
     network.avgpool, network.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
     network.fc = nn.Linear(256, 1)
     return network
@@ -438,7 +436,8 @@ class FineTuned(nn.Module):
         # Apple's GPUs BatchNorm gets wrong gradients in it (pytorch#175189).
         self.layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
         self.network = network.to(device, memory_format=self.layout)  # for checkpoints
-        *children, self.head = network.children()
+        *children, self.head = (each for each in network.children()
+                                if not isinstance(each, nn.Flatten))  # `features` flattens
         frozen = nn.Sequential(*children[:freeze]).requires_grad_(False).eval()
         self.trunk = fuse(frozen).to(precision).to(memory_format=self.layout)
         self.backbone = nn.Sequential(*children[freeze:])
@@ -514,8 +513,8 @@ def crop(maps: torch.Tensor, offsets: torch.Tensor, width: float) -> torch.Tenso
     say how far down and to the right."""
     side, kept = maps.shape[1], round(width * maps.shape[1])
     corners = (offsets * (side - kept + 1)).long().tolist()
-    return torch.stack([each[top:top + kept, left:left + kept]
-                        for each, (top, left) in zip(maps, corners)])
+    return torch.stack([each[top:top + kept, left:left + kept] for each, (top, left) in zip(
+        maps, corners)]) if len(maps) else maps[:, :kept, :kept]  # a process may have no share
 
 
 def draw_epoch(count: int, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -583,10 +582,11 @@ def fit_head(model: FineTuned, train: Photos, batch_size: int) -> tuple[float, f
     Distort Pretrained Features, ICLR 2022). Returns its loss and accuracy on these photos."""
     features = predict(model, train, batch_size, "features", model.features)  # (photos, 2048)
     mean = features.mean(0)
-    scale = features.sub_(mean).std()  # L-BFGS wants numbers around 0, of about 1
-    if not 1e-6 * mean.abs().max() < scale < math.inf:  # equal, but for rounding
+    overall = features.sub_(mean).std()
+    if not 1e-6 * mean.abs().max() < overall < math.inf:  # equal, but for rounding
         raise InputError("the network gives no finite features, or the same for all photos: "
                          "check --weights, or try --amp off")
+    scale = (overall * (features.std(0) + overall / 1000)).sqrt()  # half way to equal deviations
     features.div_(scale)
     head = nn.Linear(features.shape[1], model.head.out_features)
     nn.init.zeros_(head.weight)
@@ -631,7 +631,7 @@ def train_epoch(learner: nn.Module, loader, optimizer: torch.optim.Optimizer,
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
     """What to divide logits by, so that of photos with 80 % confidence about 80 % are correct (Guo
-    et al., ICML 2017); nearer to 1 if the photos are few. And the lowest loss of any division."""
+    et al., ICML 2017); nearer to 1 if the photos are few. Also the lowest loss at any of them."""
     candidates = torch.logspace(-1, 1, 401)
     losses = torch.stack([F.cross_entropy(logits / each, labels) for each in candidates])
     fitted = (losses + 10 * candidates.log().square() / len(labels)).argmin()
@@ -650,6 +650,8 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
     resumed = {}
     if args.resume:
         resumed = from_rank_0(load_checkpoint, args.resume / "last.pt")
+        if "optimizer" not in resumed:
+            raise InputError(f"'{args.resume / 'last.pt'}' can't be resumed: it is a best.pt")
         vars(args).update(resumed["options"] | args.typed)
     recipe = RECIPES[args.recipe]
 
@@ -680,8 +682,7 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
             disk.report_same_photos(split.parts, args.data, run)
         if damaged and RANK == 0:
             print(f"LEFT OUT    {len(damaged)} damaged, as {min(damaged)}: {run / 'damaged.csv'}")
-            write_csv(run / "damaged.csv", [{"path": str(file), "problem": words}
-                                            for file, words in damaged.items()])
+            write_csv(run / "damaged.csv", [{"path": f, "problem": damaged[f]} for f in damaged])
         print(f"Trunk       {cache_maps(model, [train, val])}")
 
         # The optimiser; a resumed run goes on where it was
@@ -691,16 +692,16 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
         history = resumed.get("history", [])
         if resumed:
             if differ := dict(resumed["checksums"].items() ^ facts["checksums"].items()):
-                raise InputError(f"{len(differ)} photos changed since the run began, as "
-                                 f"{min(differ)!r}: put them back, or start another run. (Pillow "
-                                 f"was {resumed['versions']['pillow']}, is {PIL.__version__})")
+                raise InputError(f"{len(differ)} photos changed since the run began (or Pillow, "
+                                 f"which decodes them), as {min(differ)!r}: start another run")
             optimizer.load_state_dict(resumed["optimizer"])
             for value, state in optimizer.state.items():  # fused Adam needs the weights' layout
                 state.update({key: torch.empty_like(value).copy_(old)
                               for key, old in state.items() if old.dim()})
             scaler.load_state_dict(resumed["scaler"] or scaler.state_dict())  # {}: not float16
         if recipe.fit_head:
-            print("\nEpoch 0 fits fc alone. Then all layers but the frozen learn, on harder crops.")
+            print("\nEpoch 0 fits fc alone. The others soften fc and crop the maps: a higher loss."
+                  "\nThe epoch with the lowest calibrated loss on validation will be tested.")
         print("\nEpoch | Train Loss | Train Acc | Val Loss | Val Acc", *(
             ROW.format(**row) for row in history), sep="\n")
         first = history[-1]["epoch"] + 1 if history else int(not recipe.fit_head)
@@ -738,10 +739,11 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
                 if best_epoch(history) == epoch:
                     save_checkpoint(run / "best.pt", checkpoint)
                 write_csv(run / "history.csv", history)
-                write_json(run / "split.json", split.manifest)
-                write_json(run / "config.json", facts | {  # for people
-                    "split": "split.json", "checksums": "last.pt", "device": str(device),
-                    "precision": str(precision)})
+                if epoch == first:
+                    write_json(run / "split.json", split.manifest)
+                    write_json(run / "config.json", facts | {  # for people
+                        "split": "split.json", "checksums": "last.pt", "device": str(device),
+                        "precision": str(precision)})
                 save_checkpoint(run / "last.pt", checkpoint | {  # last, as it counts on the others
                     "history": history, "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict()})
@@ -763,20 +765,18 @@ def demo(args: argparse.Namespace) -> None:
     for name, options in DEMO.items():
         run = f"runs/demo/{name}"
         words = f"--resume {run}" if os.path.exists(f"{run}/last.pt") else (
-            f"{options} --fraction 1 --image-size 64 --out {run}")
+            f"{options} --batch-size 32 --fraction 1 --image-size 64 --out {run}")
         print(f"\n== {name}: python Q3.py {words}\n", flush=True)
         results[name] = fine_tune(get_args(words.split()))
-    if RANK == 0:
-        del results["pre-trained"]
-        print("\nTen classes  | Test (95 % interval)    | Epochs | Seconds | Parameters that learn")
-        for name, (model, history, report) in results.items():
-            print("{:12} | {:.4f} ({:.4f}-{:.4f}) | {:6} | {:7.1f} | {:21,}".format(
-                name, report["accuracy"], *report["accuracy_interval_95"], history[-1]["epoch"],
-                sum(row["seconds"] for row in history),
-                sum(value.numel() for value in model.parameters() if value.requires_grad)))
-        if matplotlib:
-            draw_curves(compared, {name: results[name][1:] for name in results})
-            print(f"\nBoth curves: {compared}")
+    print("\n               | Test (95 % interval)   | Epochs | Seconds | Parameters that learn")
+    for name, (model, history, report) in results.items():
+        print("{:14} | {:.4f} ({:.4f}-{:.4f}) | {:6} | {:7.1f} | {:21,}".format(
+            name, report["accuracy"], *report["accuracy_interval_95"], history[-1]["epoch"],
+            sum(row["seconds"] for row in history),
+            sum(value.numel() for value in model.parameters() if value.requires_grad)))
+    if HAS_MATPLOTLIB:
+        draw_curves(compared, {name: results[name][1:] for name in list(results)[1:]})
+        print(f"\nBoth curves: {compared}")
 
 
 # -- What serves the job: several processes, files, the test, use, pictures ------------------------
@@ -800,8 +800,7 @@ def run_folder(args: argparse.Namespace):
         yield run, cache
     except KeyboardInterrupt:
         start = f"torchrun --nproc-per-node={LOCAL_WORLD_SIZE}" if WORLD_SIZE > 1 else "python"
-        job = "--demo" if "--demo" in sys.argv else f"--resume {disk.quoted(str(run))}"
-        command = f"{start} {disk.quoted(sys.argv[0])} {job}"
+        command = f"{start} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(run))}"
         raise KeyboardInterrupt(f"go on with: {command}" if (run / "last.pt").exists() else
                                 "nothing was kept, type the command again") from None
     finally:
@@ -851,10 +850,11 @@ def load_tensors(file: Path):
         content.seek(0)
         if not damaged:
             return torch.load(content, map_location="cpu", weights_only=True)
+        problem = f"damaged in its part {damaged!r}"
     except Exception as error:  # torch.load raises any kind for other files
-        damaged = " ".join(re.findall(r"GLOBAL \S+", str(error))) or "no torch file"
-    raise InputError(f"'{file}' is damaged, or holds more than tensors, as code, which was not run "
-                     f"({damaged}): give a file of tensors that torch.save wrote")
+        problem = " ".join(re.findall(r"GLOBAL \S+", str(error))) or "no torch file"
+    raise InputError(f"'{file}' can't be used ({problem}): give a file of tensors that torch.save "
+                     "wrote; code in it is not run")
 
 
 def load_checkpoint(file: Path) -> dict:
@@ -881,9 +881,9 @@ def score(model: FineTuned, photos: Photos, checkpoint: dict, args, history=()) 
              photos.paths, photos.labels, predicted, confidence, strict=True)])
     write_json(args.out / "test.json", report)
     print_report(report)
-    if matplotlib:
+    if HAS_MATPLOTLIB:
         draw_pictures(args.out, report, photos, confidence, predicted, history)
-    print(f"\nResults: {args.out}", "" if matplotlib else "(for pictures: pip install matplotlib)")
+    print(f"\nResults: {args.out}" + " (pictures: pip install matplotlib)" * (not HAS_MATPLOTLIB))
     return report
 
 
@@ -965,8 +965,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def classify(args: argparse.Namespace) -> None:
-    """Print a row for each photo: its path, then the likeliest classes, each with its confidence,
-    between tabs; or why it can't be read."""
+    """Print a row for each photo: its path, then the likeliest classes, or why it is unreadable."""
     file, *places = args.predict
     checkpoint, model = load_trained(file, args)
     classes, border = checkpoint["classes"], checkpoint["preprocessing"]["border"]
@@ -996,6 +995,7 @@ def classify(args: argparse.Namespace) -> None:
 @contextmanager
 def picture(file: Path, width: float, height: float):
     """A matplotlib figure of so many inches, written in the end."""
+    import matplotlib.figure
     image = io.BytesIO()
     with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # names in scripts that the font lacks
@@ -1062,8 +1062,7 @@ def draw_pictures(out: Path, report: dict, photos: Photos, confidence: torch.Ten
             hits, mean = correct[bins == each], confidence[bins == each].mean()
             axes.plot([mean, mean], wilson_interval(int(hits.sum()), len(hits)), color="C0")
             axes.plot(mean, hits.double().mean(), "o", color="C0")
-        axes.set(title="Photos of about equal confidence, 95 % intervals", xlabel="confidence",
-                 ylabel="fraction correct", xlim=(0, 1.02), ylim=(-0.02, 1.02))
+        axes.set(title="With 95 % intervals", xlabel="confidence", ylabel="fraction correct")
         axes.legend(loc="upper left")
 
 

@@ -18,7 +18,6 @@ import io
 import json
 import math
 import os
-import shlex
 import shutil
 import sys
 import time
@@ -304,7 +303,7 @@ def claim_folder(out: Path | None, names: tuple[str, ...], resume: bool = False)
         named, out = out is not None, out or Path("runs", now)
         out.mkdir(parents=True, exist_ok=named)
         if not resume and any((out / name).exists() for name in names):
-            resumable = f", or --resume {quoted(str(out))}" if (out / "last.pt").exists() else ""
+            resumable = f", or --resume '{out}'" if (out / "last.pt").exists() else ""
             raise InputError(f"--out '{out}' already holds a run: name another folder{resumable}")
         for left in out.glob(".*.[0-9]*.tmp"):
             left.unlink()
@@ -318,11 +317,6 @@ def refuse_inside_photos(data: Path, *folders: Path) -> None:
         for root in roots.intersection(folder.resolve().parents):
             if not folder.resolve().relative_to(root).parts[0].startswith("."):
                 raise InputError(f"'{folder}' would be taken for a class: choose another folder")
-
-
-def quoted(words: str) -> str:
-    """The text as one word of a shell command."""
-    return shlex.quote(words) if os.name == "posix" else f'"{words}"'
 
 
 @contextmanager
@@ -357,10 +351,10 @@ PATTERNS = ("Checks", "Crosses", "Discs", "Dots", "Rays", "Rings", "Spirals", "S
             "Triangles", "Waves")
 
 
-def draw_demo(folder: Path, source: int = 100, train: int = 20, test: int = 40) -> None:
+def draw_demo(folder: Path, source: int = 140, train: int = 20, test: int = 40) -> None:
     """Draw folder/source and folder/target, once: of each of FORMULAS `source` pictures, of each of
     PATTERNS `train` for training and `test` for the test. Raises InputError."""
-    if os.path.isdir(folder / "source") and os.path.isdir(folder / "target"):
+    if os.path.isdir(folder / "target/val/Waves"):
         return
     parts = (("source", FORMULAS, source), ("target/train", PATTERNS, train),
              ("target/val", PATTERNS, test))
@@ -383,14 +377,18 @@ def draw_picture(name: str, seed, width: int = 80, height: int = 64):
     r = np.hypot(across, down) / random.uniform(1.8, 3.2)
     angle = np.arctan2(down, across) + random.uniform(0, 2 * np.pi)
     x, y = r * np.cos(angle), r * np.sin(angle)
-    formula = np.random.default_rng(zlib.crc32(name.encode())).integers(-2, 3, (2, 4))
-    waves = np.sin(np.tensordot(formula, (x / 2, y / 2, r / 2, angle), 1)).sum(0) > 0.3
-    painted = waves & ((r < 7) | (name > "Formula 12")) if name in FORMULAS else {
+    patterns = {
         "Checks": np.sin(x) * np.sin(y) > 0, "Discs": r < 5, "Dots": np.cos(x) + np.cos(y) > 0.8,
         "Crosses": (r < 6) & (np.minimum(abs(x), abs(y)) < 1.3), "Rays": np.sin(7 * angle) > 0,
         "Rings": np.sin(1.5 * r) > 0, "Spirals": np.sin(r + 2 * angle) > 0,
         "Triangles": r * np.cos(angle % (2 * np.pi / 3) - np.pi / 3) < 3,
-        "Stripes": np.sin(x) > 0, "Waves": np.sin(y + 2 * np.sin(x)) > 0}[name]
+        "Stripes": np.sin(x) > 0, "Waves": np.sin(y + 2 * np.sin(x)) > 0}
+    if name in FORMULAS:  # two waves; in every other class only a disc of them
+        number = FORMULAS.index(name)
+        factors = np.random.default_rng(number).integers(-2, 3, (2, 4))
+        waves = np.sin(np.tensordot(factors, (x / 2, y / 2, r / 2, angle), 1)).sum(0)
+        patterns[name] = (waves > 0.3) & (r < (7 if number % 2 else 99))
+    painted = patterns[name]
     paper = random.integers(0, 256, 3)
     ink = (paper + random.integers(70, 187, 3)) % 256
     pixels = np.where(painted[..., None], ink, paper) + random.integers(-40, 41, (height, width, 1))

@@ -55,10 +55,16 @@ def recipe(name: str = "tuned", **changes) -> dict:
     return {"RECIPES": Q3.RECIPES | {name: replace(Q3.RECIPES[name], **changes)}}
 
 
+def overall_deviation(features, dim=None, std=torch.Tensor.std):
+    """Of all features together, where fit_head asks for that of each: all get the same scale."""
+    return std(features)
+
+
 INGREDIENTS = {  # name: (flags of Q3.py, what takes the place of what in it)
     "whole photos squashed to a square": ([], recipe(border=None)),
     "fc from noise": ([], recipe(fit_head=False)),
     "fc as sure as the regression": ([], {"SOFTER": 1.0}),
+    "start of fc on unscaled features": ([], {"torch.Tensor.std": overall_deviation}),
     "without crops": ([], recipe(crop=1.0)),
     "smaller crops, of 16 of 28 places": ([], recipe(crop=4 / 7)),
     "BatchNorm's statistics learnt": ([], recipe(hold_batchnorm=False)),

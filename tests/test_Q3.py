@@ -290,6 +290,7 @@ def test_defaults_are_those_of_the_recipe(flags, recipe, rates, epochs, freeze):
     args = Q3.get_args(list(flags))
     assert (args.recipe, (args.lr_head, args.lr_backbone)) == (recipe, rates)
     assert (args.epochs, args.freeze) == (epochs, freeze)
+    assert args.batch_size == (32 if recipe == "tuned" else 64)
 
 
 # -- The machine -----------------------------------------------------------------------------------
@@ -307,6 +308,7 @@ def test_defaults_are_those_of_the_recipe(flags, recipe, rates, epochs, freeze):
     (["--evaluate", "a.pt", "--lr-head", "1"], "--lr-head can't be given with --evaluate"),
     (["--predict", "a.pt", "--data", "d"], "--data can't be given with --predict"),
     (["--resume", "out", "--evaluate", "a.pt"], "not allowed with"),
+    (["--predict", "a.pt"], "--predict CKPT needs photos"),
     (["--epoch", "3"], "unrecognized arguments: --epoch 3 (all options: python Q3.py --help)"),
     (["--lr_head", "3"], "unrecognized arguments: --lr_head 3")])
 def test_wrong_options(refused, flags, words):
@@ -328,7 +330,7 @@ def test_device_auto_is_the_gpu_where_there_is_one(monkeypatch, gpus, mps, auto)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
     assert Q3.pick_device("auto").type == auto and Q3.pick_device("cpu").type == "cpu"
     monkeypatch.setattr(Q3, "LOCAL_WORLD_SIZE", 2)
-    with pytest.raises(dataset_split.InputError, match=r"2 needed, . found .* torchrun"):
+    with pytest.raises(dataset_split.InputError, match=r"torch finds ., 2 needed"):
         Q3.pick_device("mps" if mps else "cuda")
 
 
@@ -361,7 +363,6 @@ def moved(module: nn.Module, *args, memory_format=None) -> nn.Module:
 
 def test_step_forward_on_a_gpu_that_computes_no_numbers(monkeypatch):
     """torch's fake device knows where tensors are, and refuses to mix CPU and GPU."""
-    monkeypatch.setattr(Q3, "send", lambda tensor, device: tensor.to(device))  # without pin_memory
     monkeypatch.setattr(nn.Module, "to", moved)
     monkeypatch.setattr(torch._subclasses.FakeTensor, "__deepcopy__",
                         lambda self, memo: self.detach().clone(), raising=False)
@@ -371,7 +372,7 @@ def test_step_forward_on_a_gpu_that_computes_no_numbers(monkeypatch):
         model = Q3.FineTuned(network, 6, CUDA).train()
         pixels = torch.zeros(4, 224, 224, 3, dtype=torch.uint8)
         maps = model.maps(Q3.send(pixels, CUDA))
-        cut = maps[:, :20, 8:].permute(0, 3, 1, 2)
+        cut = maps[:, :20, 8:].permute(0, 3, 1, 2)  # `crop` reads offsets, which aren't there
         logits = model(cut)
         losses = F.cross_entropy(logits, Q3.send(torch.zeros(4).long(), CUDA), reduction="none")
         assert maps.shape == (4, 28, 28, 512)
@@ -640,6 +641,14 @@ def test_small_cnn_takes_any_size_and_learns_all_of_itself(shared_data, capsys):
     torch.manual_seed(0)
     before, checkpoint = Q3.build_network("small_cnn", None, 3).state_dict(), load("out/best.pt")
     assert checkpoint["architecture"] == "small_cnn"
+    network = Q3.build_network(*Q3.read_weights("out/best.pt"), 7)
+    assert all(torch.equal(value, checkpoint["model"][name]) for name, value in
+               network.state_dict().items() if not name.startswith("fc."))
+    pixels = random_pixels(2)
+    for freeze in range(10):
+        model = Q3.FineTuned(network, freeze, CPU).eval()
+        assert torch.allclose(model(model.maps(pixels).permute(0, 3, 1, 2)),
+                              network(normalised(pixels)), atol=1e-4)
     assert all((value != before[name]).any() for name, value in checkpoint["model"].items())
 
 
@@ -700,6 +709,7 @@ def test_crops_reach_every_corner_and_show_what_lies_there():
     both = torch.stack([photo[0], 100 + photo[0]])
     assert Q3.crop(both, torch.zeros(2, 2), 5 / 7)[:, 0, 0, 0].tolist() == [0, 100]
     assert Q3.crop(photo[:9, :1, :1], offsets[:9], 5 / 7).shape == (9, 1, 1, 1)
+    assert Q3.crop(photo[:0], offsets[:0], 5 / 7).shape == (0, 5, 5, 1), "an empty share"
 
 
 def test_draw_epoch_depends_on_seed_and_epoch_alone():

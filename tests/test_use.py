@@ -66,7 +66,7 @@ class Malicious:
     (lambda: cut_off(saved({"a": torch.zeros(99)})), "a file of tensors"),
     (lambda: (Path("w.pth").write_text("a poem"), "w.pth")[1], "a file of tensors"),
     (lambda: saved(Malicious()), "exec"),
-    (lambda: flipped(saved({"a": torch.ones(99)}), b"\0\0\x80\x3f" * 9), "is damaged, or holds"),
+    (lambda: flipped(saved({"a": torch.ones(99)}), b"\0\0\x80\x3f" * 9), "damaged in its part 'w/"),
     (lambda: saved(torch.zeros(3)), "not of a resnet50"), (lambda: saved({}), "not of a resnet50"),
     (lambda: saved({5: "x"}), "not of a resnet50"), (lambda: saved([1]), "not of a resnet50"),
     (lambda: saved(torchvision.models.mobilenet_v3_small().state_dict()), "not of a resnet50"),
@@ -252,7 +252,7 @@ def changed(file: Path, **values) -> None:
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda data, out: draw_photo(data / "train/Aves/03.jpg", (0, 0, 0), 77),
-     "1 photos changed since the run began, as 'Aves/03.jpg'"),
+     "1 photos changed since the run began (or Pillow, which decodes them), as 'Aves/03.jpg'"),
     (lambda data, out: (data / "train/Aves/03.jpg").unlink(), "'Aves/03.jpg'"),
     (lambda data, out: shutil.rmtree(out), "last.pt' can't be read"),
     (lambda data, out: (out / "last.pt").unlink(), "last.pt' can't be read"),
@@ -261,21 +261,18 @@ def changed(file: Path, **values) -> None:
     (lambda data, out: saved(load(out / "last.pt")["model"], out / "last.pt"),
      "is no checkpoint of this version of Q3.py"),
     (lambda data, out: saved([1], out / "last.pt"), "is no checkpoint of this version"),
+    (lambda data, out: shutil.copy(out / "best.pt", out / "last.pt"), "it is a best.pt"),
     (lambda data, out: saved(Malicious(), out / "last.pt"), "a file of tensors"),
     (lambda data, out: flipped(out / "last.pt", load(out / "last.pt")["model"]["fc.weight"]
-                               .numpy().tobytes()[:64]), "is damaged, or holds more than")])
+                               .numpy().tobytes()[:64]), "damaged in its part ")])
 def test_run_that_cannot_be_resumed(quick_run, data, refused, monkeypatch, spoil, words):
     with monkeypatch.context() as patch:
         interrupt(patch, Q3, "train_epoch", 2)
         with suppress(AssertionError):
             quick_run("out", "--epochs", 2, data=data)
     spoil(data, Path("out"))
-    monkeypatch.setattr(Q3.PIL, "__version__", "99")
     line = refused("Q3.py", "--resume", "out", "--data", data)
     assert words in line and not Path("executed").exists()
-    if "since the run began" in line:
-        then = load("out/last.pt")["versions"]["pillow"]
-        assert "Pillow" in line and then in line and "99" in line
 
 
 def test_best_pt_of_another_epoch_is_not_tested(quick_run, shared_data, refused, monkeypatch):
@@ -480,7 +477,7 @@ def test_predict_walks_folders_and_goes_on_after_damaged_photos(trained, predict
         ("caf\\udce9 .jpg", False), ("missing.jpg", True), ("empty", True),
         ("deep/notes.txt", True)]
     assert predicted("best.pt", *places, "--batch-size", 2) == rows
-    assert predicted("best.pt") == [] and sorted(Path().rglob("*")) == before
+    assert sorted(Path().rglob("*")) == before
 
 
 def test_network_that_was_trained_on_a_gpu_is_used_without_one(trained, shared_data, predicted,
@@ -562,9 +559,9 @@ def test_pictures_are_drawn(quick_run, shared_data, pictures, monkeypatch, capsy
     assert {file.name for file in Path("again").glob("*.png")} == sizes.keys() - {"curves.png"}
     captured = capsys.readouterr()
     assert not captured.err and "matplotlib" not in captured.out
-    monkeypatch.setattr(Q3, "matplotlib", None)
+    monkeypatch.setattr(Q3, "HAS_MATPLOTLIB", False)
     out = quick_run("second")
-    assert capsys.readouterr().out.count("(for pictures: pip install matplotlib)") == 1
+    assert capsys.readouterr().out.count("(pictures: pip install matplotlib)") == 1
     assert not list(out.glob("*.png")) and (out / "test.json").exists()
 
 
@@ -591,28 +588,29 @@ def test_demo_compares_and_goes_on(monkeypatch, capsys, pictures, refused):
     monkeypatch.setattr(Q3, "DEMO", {name: words.replace("--epochs 12", "--epochs 2").replace(
         "--data demo/target --from-scratch", "--data demo/target --from-scratch --epochs 2")
         for name, words in Q3.DEMO.items()})
-    with monkeypatch.context() as patch:
-        interrupt(patch, Q3, "fit_head", 1)
-        assert call("Q3.py", "--demo") == 130
-    assert os.listdir("runs/demo") == ["pre-trained"] and load("runs/demo/pre-trained/last.pt")
+    for function, number, begun in (("train_epoch", 2, ["pre-trained"]), (
+            "fit_head", 1, ["pre-trained"]), ("score", 3, sorted(Q3.DEMO))):
+        with monkeypatch.context() as patch:
+            interrupt(patch, Q3, function, number)
+            assert call("Q3.py", "--demo") == 130
+        assert sorted(os.listdir("runs/demo")) == begun and load("runs/demo/pre-trained/last.pt")
     capsys.readouterr()
     assert call("Q3.py", "--demo") == 0
     out = capsys.readouterr().out
-    assert out.count("--resume runs/demo/pre-trained") == 1 and out.count("--out runs/demo/") == 2
-    table = out.split("Ten classes")[1].splitlines()[1:3]
-    for line, name in zip(table, ("fine-tuned", "from-scratch"), strict=True):
+    assert out.count("Q3.py --resume runs/demo/") == 3 and "Epoch 0 fits fc alone" in out
+    table = out.split("Parameters that learn")[1].splitlines()[2:]
+    for line, name in zip(table[:2], ("fine-tuned", "from-scratch"), strict=True):
         report = json.loads(Path("runs/demo", name, "test.json").read_text())
         assert report["classes"] == list(dataset_split.PATTERNS) and report["photos"] == 50
         assert line.startswith(name) and f"| {report['accuracy']:.4f} (" in line
-    assert [int(line.split("|")[-1].replace(",", "")) for line in table] == [297994, 395674]
+    assert [int(line.split("|")[-1].replace(",", "")) for line in table[:2]] == [297994, 395674]
     source, tuned = (load(f"runs/demo/{name}/best.pt") for name in ("pre-trained", "fine-tuned"))
     assert all(torch.equal(tuned["model"][name], value) for name, value in source["model"].items()
                if name.startswith(("block1", "block2", "block3", "block4")))
     assert tuned["options"]["architecture"] == "small_cnn" and len(tuned["classes"]) == 10
     assert Path("runs/demo/comparison.png").exists()
     assert len(list(Path("runs/demo/fine-tuned").glob("*.png"))) == 4
-    assert call("Q3.py", "--demo") == 0 and out.split("Ten classes")[1].splitlines()[1] in (
-        capsys.readouterr().out)
+    assert call("Q3.py", "--demo") == 0 and table[0] in capsys.readouterr().out
     Path("demo").rename("elsewhere")
     Path("demo").touch()
     assert "'demo' is in the way" in refused("Q3.py", "--demo")
