@@ -813,9 +813,10 @@ def run_folder(args: argparse.Namespace):
 def print_banner(args: argparse.Namespace, parts: dict[str, list], model: FineTuned) -> None:
     learning, frozen = (sum(parameter.numel() for parameter in model.network.parameters()
                             if parameter.requires_grad == learns) for learns in (True, False))
+    weights = "random weights" if args.weights == "none" else args.weights
     print(f"Photos      {', '.join(f'{len(pairs):,} {part}' for part, pairs in parts.items())} "
           f"({args.data}, --fraction {args.fraction:g})\n"
-          f"Network     {args.architecture} ({args.weights}): "
+          f"Network     {args.architecture} ({weights}): "
           f"{learning:,} parameters learn, {frozen:,} are frozen\n"
           f"Machine     {model.device}, {str(model.precision).removeprefix('torch.')}, "
           f"{torch.get_num_threads()} threads, processes: {WORLD_SIZE}\n"
