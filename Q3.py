@@ -62,7 +62,8 @@ WARMUP = 0.1  # part of the steps in which the learning rates rise
 BINS = 15  # of confidence, in the calibration error and its picture
 CACHE_FORMAT = 4  # to be raised when read_photo or FineTuned.maps give something else
 CHECKPOINT_FORMAT = 6  # likewise, when a checkpoint holds something else, or another optimiser
-ROW = "{epoch:5} | {train_loss:10.4f} | {train_acc:9.4f} | {val_loss:8.4f} | {val_acc:7.4f}"
+ROW = "{epoch:5} | {train_loss:10.4f} | {train_acc:9.4f} | {val_loss:8.4f} | {val_acc:7.4f} | "\
+    "{calibrated_loss:10.4f}"
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE = (  # what torchrun tells each of its processes
@@ -92,6 +93,7 @@ RECIPES = {  # border, crop, fit_head, hold_batchnorm, cosine, batch_size, lr_he
     "reference": Recipe(None, 1.0, False, False, False, 64, 1e-3, 1e-4, epochs=5),
     "scratch": Recipe(1 / 16, 5 / 7, False, False, True, 64, 1e-3, 1e-3, epochs=40),
 }
+DEMO_RUNS = Path("runs/demo")
 DEMO = {  # its runs, and the options of each besides those that all have
     "pre-trained": "--data demo/source --from-scratch --epochs 12",
     "fine-tuned": "--data demo/target --weights runs/demo/pre-trained/best.pt --freeze 4",
@@ -162,8 +164,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = argparse.Namespace(**defaults | typed, typed=typed)
     args.weights = "none" if args.from_scratch else args.weights
     args.recipe = args.recipe or ("scratch" if args.weights == "none" else "tuned")
-    if args.freeze is None:
-        args.freeze = 0 if args.weights == "none" else 6
+    if args.freeze is None and args.weights == "none":
+        args.freeze = 0
     for name in ("batch_size", "lr_head", "lr_backbone", "epochs"):
         setattr(args, name, getattr(args, name) or getattr(RECIPES[args.recipe], name))
     if args.weights == "none" and RECIPES[args.recipe].hold_batchnorm:
@@ -357,8 +359,7 @@ def load_photos(parts: dict[str, list], files: dict[Path, list[Path]], cache: Pa
             lost = {label for _, label in pairs} - {label for _, label in whole}
             if bad := [damaged[file] for file, label in pairs
                        if file in damaged and (part == "test" or label in lost)]:
-                raise InputError(f"{len(bad)} damaged photos that the {part} part needs: replace "
-                                 f"or remove them: {'; '.join(bad[:3])}")
+                raise InputError(f"{part} needs {len(bad)} damaged photos: {'; '.join(bad[:3])}")
             paths = [file.relative_to(folder).as_posix() for file, _ in whole]
             labels, rows = torch.tensor([(label, row_of[file]) for file, label in whole]).unbind(1)
             loaded[part] = Photos(paths, labels, pixels, rows)
@@ -513,8 +514,8 @@ def crop(maps: torch.Tensor, offsets: torch.Tensor, width: float) -> torch.Tenso
     say how far down and to the right."""
     side, kept = maps.shape[1], round(width * maps.shape[1])
     corners = (offsets * (side - kept + 1)).long().tolist()
-    return torch.stack([each[top:top + kept, left:left + kept] for each, (top, left) in zip(
-        maps, corners)]) if len(maps) else maps[:, :kept, :kept]  # a process may have no share
+    squares = [each[top:top + kept, left:left + kept] for each, (top, left) in zip(maps, corners)]
+    return torch.stack(squares) if squares else maps[:, :kept, :kept]  # a process without a share
 
 
 def draw_epoch(count: int, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -584,8 +585,7 @@ def fit_head(model: FineTuned, train: Photos, batch_size: int) -> tuple[float, f
     mean = features.mean(0)
     overall = features.sub_(mean).std()
     if not 1e-6 * mean.abs().max() < overall < math.inf:  # equal, but for rounding
-        raise InputError("the network gives no finite features, or the same for all photos: "
-                         "check --weights, or try --amp off")
+        raise InputError("features are not finite, or all the same: check --weights, or --amp off")
     scale = (overall * (features.std(0) + overall / 1000)).sqrt()  # half way to equal deviations
     features.div_(scale)
     head = nn.Linear(features.shape[1], model.head.out_features)
@@ -639,8 +639,7 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, 
 
 
 def best_epoch(history: list[dict]) -> int:
-    """The epoch with the lowest calibrated loss on validation. The accuracy of few photos is mostly
-    chance, and the loss as it is also grows when a better network is too confident."""
+    """The epoch with the lowest calibrated loss: the accuracy of few photos is mostly chance."""
     return min(history, key=lambda row: row["calibrated_loss"])["epoch"]
 
 
@@ -670,6 +669,8 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
     else:
         args.architecture, state = from_rank_0(read_weights, args.weights, args.from_scratch)
         network = build_network(args.architecture, state, len(split.manifest["classes"]))
+        if args.freeze is None:
+            args.freeze = 4 if args.architecture == "small_cnn" else 6
     model = FineTuned(network, args.freeze, device, precision, recipe.hold_batchnorm)
     learner = data_parallel(model)
 
@@ -701,8 +702,8 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
             scaler.load_state_dict(resumed["scaler"] or scaler.state_dict())  # {}: not float16
         if recipe.fit_head:
             print("\nEpoch 0 fits fc alone. The others soften fc and crop the maps: a higher loss."
-                  "\nThe epoch with the lowest calibrated loss on validation will be tested.")
-        print("\nEpoch | Train Loss | Train Acc | Val Loss | Val Acc", *(
+                  "\nThe epoch with the lowest calibrated loss of validation will be tested.")
+        print("\nEpoch | Train Loss | Train Acc | Val Loss | Val Acc | Calibrated", *(
             ROW.format(**row) for row in history), sep="\n")
         first = history[-1]["epoch"] + 1 if history else int(not recipe.fit_head)
         steps = math.ceil(len(train.rows) / args.batch_size)  # as many as `batches` makes
@@ -761,22 +762,23 @@ def demo(args: argparse.Namespace) -> None:
     """Pre-train a small network on drawn pictures. Then fine-tune it on a few pictures of other
     classes, and train one from scratch on the same. An interrupted demo goes on."""
     from_rank_0(disk.draw_demo, Path("demo"))
-    results, compared = {}, Path("runs/demo/comparison.png")
+    results = {}
     for name, options in DEMO.items():
-        run = f"runs/demo/{name}"
+        run = (DEMO_RUNS / name).as_posix()
         words = f"--resume {run}" if os.path.exists(f"{run}/last.pt") else (
             f"{options} --batch-size 32 --fraction 1 --image-size 64 --out {run}")
         print(f"\n== {name}: python Q3.py {words}\n", flush=True)
         results[name] = fine_tune(get_args(words.split()))
-    print("\n               | Test (95 % interval)   | Epochs | Seconds | Parameters that learn")
+    del results["pre-trained"]  # on other classes
+    print("\nOf 10 classes | Test (95 % interval)   | Best epoch | Seconds | Parameters that learn")
     for name, (model, history, report) in results.items():
-        print("{:14} | {:.4f} ({:.4f}-{:.4f}) | {:6} | {:7.1f} | {:21,}".format(
-            name, report["accuracy"], *report["accuracy_interval_95"], history[-1]["epoch"],
-            sum(row["seconds"] for row in history),
+        print("{:13} | {:.4f} ({:.4f}-{:.4f}) | {:5} of {:2} | {:7.1f} | {:21,}".format(
+            name, report["accuracy"], *report["accuracy_interval_95"], report["epoch"],
+            history[-1]["epoch"], sum(row["seconds"] for row in history),
             sum(value.numel() for value in model.parameters() if value.requires_grad)))
     if HAS_MATPLOTLIB:
-        draw_curves(compared, {name: results[name][1:] for name in list(results)[1:]})
-        print(f"\nBoth curves: {compared}")
+        draw_curves(DEMO_RUNS / "comparison.png", {name: results[name][1:] for name in results})
+        print(f"Both curves: {DEMO_RUNS / 'comparison.png'}")
 
 
 # -- What serves the job: several processes, files, the test, use, pictures ------------------------
@@ -800,7 +802,8 @@ def run_folder(args: argparse.Namespace):
         yield run, cache
     except KeyboardInterrupt:
         start = f"torchrun --nproc-per-node={LOCAL_WORLD_SIZE}" if WORLD_SIZE > 1 else "python"
-        command = f"{start} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(run))}"
+        job = "--demo" if run.parent == DEMO_RUNS else f"--resume {shlex.quote(str(run))}"
+        command = f"{start} {shlex.quote(sys.argv[0])} {job}"
         raise KeyboardInterrupt(f"go on with: {command}" if (run / "last.pt").exists() else
                                 "nothing was kept, type the command again") from None
     finally:
@@ -813,10 +816,9 @@ def run_folder(args: argparse.Namespace):
 def print_banner(args: argparse.Namespace, parts: dict[str, list], model: FineTuned) -> None:
     learning, frozen = (sum(parameter.numel() for parameter in model.network.parameters()
                             if parameter.requires_grad == learns) for learns in (True, False))
-    weights = "random weights" if args.weights == "none" else args.weights
     print(f"Photos      {', '.join(f'{len(pairs):,} {part}' for part, pairs in parts.items())} "
           f"({args.data}, --fraction {args.fraction:g})\n"
-          f"Network     {args.architecture} ({weights}): "
+          f"Network     {args.architecture} ({args.weights}): "
           f"{learning:,} parameters learn, {frozen:,} are frozen\n"
           f"Machine     {model.device}, {str(model.precision).removeprefix('torch.')}, "
           f"{torch.get_num_threads()} threads, processes: {WORLD_SIZE}\n"
@@ -862,8 +864,7 @@ def load_checkpoint(file: Path) -> dict:
     """A checkpoint of this script, on the CPU. Raises InputError: it isn't one."""
     checkpoint = load_tensors(file)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise InputError(f"'{file}' is no checkpoint of this version of Q3.py: if it is a state "
-                         "dict or an older checkpoint, give it to --weights")
+        raise InputError(f"'{file}' is no checkpoint of this version of Q3.py: try it as --weights")
     return checkpoint
 
 
@@ -1089,8 +1090,7 @@ def main(args: argparse.Namespace) -> None:
             sys.exit(2)  # this process waited for one that has ended
         if not re.search("MemoryError|out of memory|allocate memory", repr(error)):
             raise
-        raise InputError(f"out of memory ({error}): free memory that other programs hold, or start "
-                         "another run with a smaller --batch-size or --image-size") from None
+        raise InputError(f"out of memory ({error}): try a smaller --batch-size") from None
 
 
 if __name__ == "__main__":

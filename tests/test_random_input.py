@@ -65,7 +65,7 @@ words = st.one_of(
 def test_options_are_taken_or_refused(argv):
     if args := answer(Q3.get_args, argv):
         assert 0 < args.fraction <= 1 and 0 < args.val_fraction < 1 and 0 < args.lr_head <= 100
-        assert args.epochs >= 1 and args.batch_size >= 1 and 0 <= args.freeze <= 9
+        assert args.epochs >= 1 and args.batch_size >= 1 and args.freeze in (None, *range(10))
     answer(ds.get_args_parser().parse_args, argv)
 
 
