@@ -126,7 +126,7 @@ def get_args_parser() -> disk.Parser:
     group = parser.add_argument_group("network")
     add = group.add_mutually_exclusive_group().add_argument
     add("--weights", default="IMAGENET1K_V2", metavar="SPEC",
-        help="IMAGENET1K_V2 (default) or _V1, a ResNet50 state dict, a checkpoint of this, or none")
+        help="IMAGENET1K_V2 (default) or _V1, a ResNet50 state dict, a best.pt, or none")
     add("--from-scratch", action="store_true", help="train a small CNN from random weights instead")
     group.add_argument("--freeze", type=disk.number(int, 0, 9), metavar="N", help="""freeze
         the first N of conv1, bn1, relu, maxpool, layer1-4 or block1-5, avgpool (default: 6)""")
@@ -212,7 +212,7 @@ def pick_device(name: str) -> torch.device:
              "mps": int(torch.backends.mps.is_available()), "cpu": LOCAL_WORLD_SIZE}
     name = next(kind for kind in count if count[kind]) if name == "auto" else name
     if count[name] < LOCAL_WORLD_SIZE:
-        raise InputError(f"--device {name}: torch finds {count[name]}, {LOCAL_WORLD_SIZE} needed")
+        raise InputError(f"--device {name}: {count[name]} of {LOCAL_WORLD_SIZE} found, try cpu")
     return torch.device("cuda", LOCAL_RANK) if name == "cuda" else torch.device(name)
 
 
@@ -359,7 +359,7 @@ def load_photos(parts: dict[str, list], files: dict[Path, list[Path]], cache: Pa
             lost = {label for _, label in pairs} - {label for _, label in whole}
             if bad := [damaged[file] for file, label in pairs
                        if file in damaged and (part == "test" or label in lost)]:
-                raise InputError(f"{part} needs {len(bad)} damaged photos: {'; '.join(bad[:3])}")
+                raise InputError(f"replace {len(bad)} damaged photos, {part}: {'; '.join(bad[:3])}")
             paths = [file.relative_to(folder).as_posix() for file, _ in whole]
             labels, rows = torch.tensor([(label, row_of[file]) for file, label in whole]).unbind(1)
             loaded[part] = Photos(paths, labels, pixels, rows)
@@ -1090,7 +1090,7 @@ def main(args: argparse.Namespace) -> None:
             sys.exit(2)  # this process waited for one that has ended
         if not re.search("MemoryError|out of memory|allocate memory", repr(error)):
             raise
-        raise InputError(f"out of memory ({error}): try a smaller --batch-size") from None
+        raise InputError(f"out of memory ({error}): lower --batch-size or --image-size") from None
 
 
 if __name__ == "__main__":

@@ -129,10 +129,10 @@ def test_damaged_photos_are_left_out_and_listed(quick_run, data, capsys):
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (lambda data: (data / "val/Aves/01.jpg").write_text("a poem"), "test needs 1 damaged"),
-    (lambda data: [file.write_bytes(b"") for file in data.glob("train/Fungi/*")], "train needs 8"),
+    (lambda data: (data / "val/Aves/01.jpg").write_text("a poem"), "1 damaged photos, test"),
+    (lambda data: [file.write_bytes(b"") for file in data.glob("train/Fungi/*")], "photos, train"),
     (lambda data: [cut_off(data / "train" / path) for path in split_of(data)["val"]
-                   if path.startswith("Fungi")], "val needs 2 damaged photos"),
+                   if path.startswith("Fungi")], "replace 2 damaged photos, val"),
     (lambda data: shutil.rmtree(data), dataset_split.ARCHIVE),
     (lambda data: shutil.rmtree(data / "val/Fungi"), "only train has 'Fungi'")])
 def test_photos_without_which_there_is_no_run(small_network, data, refused, spoil, words):
@@ -320,7 +320,7 @@ def test_out_of_memory_says_what_to_try(small_network, shared_data, monkeypatch,
         raise error
     monkeypatch.setattr(Q3, "train_epoch", full)
     line = refused("Q3.py", "--data", shared_data, *QUICK, "--out", "out")
-    assert f"out of memory ({error})" in line and "smaller --batch-size" in line
+    assert f"out of memory ({error})" in line and "lower --batch-size or --image-size" in line
     error = RuntimeError("a bug")
     with pytest.raises(RuntimeError, match="a bug"):
         call("Q3.py", "--data", shared_data, *QUICK)
@@ -487,7 +487,7 @@ def test_network_that_was_trained_on_a_gpu_is_used_without_one(trained, shared_d
     changed(trained / "best.pt", options=checkpoint["options"] | {"device": "cuda", "amp": "fp16"})
     assert len(predicted(trained / "best.pt", photo)) == 1
     words = ("--predict", trained / "best.pt", photo)
-    assert "--device cuda: torch finds 0, 1 needed" in refused("Q3.py", *words, "--device", "cuda")
+    assert "--device cuda: 0 of 1 found, try cpu" in refused("Q3.py", *words, "--device", "cuda")
     assert "a file of tensors" in refused("Q3.py", "--predict", photo, photo)
 
 
