@@ -155,7 +155,7 @@ class Forked:
 
 def run(output: Path, words: list[str]) -> None:
     sys.stdout = sys.stderr = open(output, "a")  # noqa: SIM115 - until the process ends
-    sys.modules["matplotlib"] = None  # pictures would take longer than the epochs
+    Q3.HAS_MATPLOTLIB = False  # pictures would take longer than the epochs
     with exit_codes():
         Q3.main(Q3.get_args(words))
 
