@@ -6,9 +6,8 @@ batch after batch, are the layers after it, on crops of the trunk's feature maps
 
     photos -> pixels (uint8) -> frozen trunk -> feature maps -> crops -> layer3, layer4, fc -> loss
 
-The lesson is the middle of this file, from "The network" to "The job". Before it come options, the
-machine and the photos; after it files, the test, prediction and pictures. dataset_split.py says
-which photos there are, and which part each is in.
+The lesson is the middle of this file, from "The network" to "The job". What stands before and
+after serves it. dataset_split.py says which photos there are, and which part each is in.
 """
 
 import argparse
@@ -21,13 +20,14 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import sys
 import time
 import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -35,9 +35,8 @@ from pathlib import Path
 
 try:
     import numpy as np
-    import PIL
     import torch
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, PngImagePlugin
     from torch import distributed, nn
     from torch.fx.experimental.optimization import fuse
     from torch.nn import functional as F
@@ -54,13 +53,17 @@ torch.backends.cudnn.deterministic = True  # the same seed, the same run
 torch.backends.cudnn.allow_tf32 = False  # float32 is float32
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # odd metadata
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # such a photo is refused
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # bytes beside the pixels
+Image.init()
+FORMATS = [*{"JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "AVIF"} & Image.OPEN.keys()]
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation, what Pillow calls it
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's red, green, blue in [0, 1]
 PENALTY = 0.03  # on the squared weights of the logistic regression that fc starts from
 SOFTER = 0.3  # times fc before epoch 1: an overconfident fc passes hardly any gradient down
 WARMUP = 0.1  # part of the steps in which the learning rates rise
 BINS = 15  # of confidence, in the calibration error and its picture
-CACHE_FORMAT = 4  # to be raised when read_photo or FineTuned.maps give something else
+CACHE_FORMAT = 5  # to be raised when read_photo or FineTuned.maps give something else
 CHECKPOINT_FORMAT = 6  # likewise, when a checkpoint holds something else, or another optimiser
 ROW = "{epoch:5} | {train_loss:10.4f} | {train_acc:9.4f} | {val_loss:8.4f} | {val_acc:7.4f} | "\
     "{calibrated_loss:10.4f}"
@@ -110,8 +113,7 @@ BESIDE = {  # the options that go with each of these; all others are settled
 def get_args_parser() -> disk.Parser:
     parser = disk.Parser(prog="Q3.py", allow_abbrev=False, description=__doc__,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-    size, rate = disk.number(int, 1, 10**6), disk.number(float, 0, 100, "(]")
-
+    size, rate = disk.number(int, 1, 10**6), disk.number(float, 1e-12, 100)
     add = (group := parser.add_argument_group("photos")).add_argument
     add("--data", type=Path, default=Path("inaturalist_12k"), metavar="DIR",
         help="has train/<Class>/ and, for the test, val/<Class>/; or class folders alone")
@@ -159,19 +161,15 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     for option, allowed in BESIDE.items():
         if option in typed and (others := sorted(typed.keys() - allowed - {option})):
             parser.error(f"--{others[0].replace('_', '-')} can't be given with --{option}, which "
-                         "settles it: leave it out")
+                         "settles it: leave it out, or start a new run (from its --weights)")
 
     args = argparse.Namespace(**defaults | typed, typed=typed)
     args.weights = "none" if args.from_scratch else args.weights
     args.recipe = args.recipe or ("scratch" if args.weights == "none" else "tuned")
-    if args.freeze is None and args.weights == "none":
-        args.freeze = 0
     for name in ("batch_size", "lr_head", "lr_backbone", "epochs"):
         setattr(args, name, getattr(args, name) or getattr(RECIPES[args.recipe], name))
     if args.weights == "none" and RECIPES[args.recipe].hold_batchnorm:
         parser.error("random weights can't learn with --recipe tuned: give scratch or reference")
-    if args.predict and len(args.predict) < 2:
-        parser.error("--predict CKPT needs photos or folders after it")
     if args.split and typed.keys() & {"fraction", "val_fraction", "test_fraction"}:
         parser.error("--split FILE says which photos are used: leave the fractions out")
     return args
@@ -194,16 +192,11 @@ def from_rank_0(function, *args):
 
 
 def end_on_signals() -> None:
-    """Let SIGTERM, which schedulers send, and a closed terminal end a run as Ctrl-C does."""
-    def interrupt(*_):
-        for each in signals if WORLD_SIZE > 1 else ():
-            signal.signal(each, signal.SIG_IGN)  # torchrun sends more; the first is enough
-        raise KeyboardInterrupt
-
-    signals = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
-    for each in signals if RANK == 0 else ():
-        if signal.getsignal(each) != signal.SIG_IGN:  # as nohup ignores SIGHUP
-            signal.signal(each, interrupt)
+    """Let SIGTERM and SIGUSR1, which schedulers send, and a closed terminal end a run as Ctrl-C."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+        number = getattr(signal, name, signal.SIGINT)
+        if RANK == 0 and signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+            signal.signal(number, signal.default_int_handler)
 
 
 def pick_device(name: str) -> torch.device:
@@ -224,9 +217,8 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
     if amp != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16
-        return torch.float16 if torch.cuda.get_device_capability() >= (7, 0) else torch.float32
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if bf16 else torch.float16
     has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     bf16 = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if bf16 and torch.backends.mkldnn.is_available() else torch.float32
@@ -245,12 +237,21 @@ def read_photo(file: Path, size: int, border: float | None) -> torch.Tensor | In
     if not os.path.isfile(file):  # opening a pipe would wait forever
         return InputError(f"'{file}' is no file, or a folder without photos")
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             image.load()
-            with suppress(Exception):  # damaged EXIF data; the pixels are whole
-                ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):  # 16 bits a pixel; convert() would cut them off at 255
-                image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+            with suppress(SyntaxError, ValueError, struct.error):  # damaged EXIF data
+                if (orientation := image.getexif().get(0x0112)) in TURNS:
+                    image = image.transpose(TURNS[orientation])
+            if image.mode[0] in "IF":  # more than 8 bits a pixel: convert() would cut them off
+                values = np.asarray(image).astype(float)
+                white = next((white for white in (1, 255, 4095, 65535)  # floats, 8, 12, 16 bits
+                              if white / 16 < values.max() <= white), 0)
+                if not white or values.min() < 0:
+                    raise ValueError("its values have no known scale: convert it to 8 bits")
+                image = Image.fromarray((255 / white * values).astype(np.uint8))
+            if "A" in image.getbands() or "transparency" in image.info:  # lay it on white
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
             image = image.convert("RGB")
             fit = Image.Image.resize if border is None else partial(ImageOps.fit, bleed=border)
             return torch.from_numpy(np.array(fit(image, (size, size), Image.Resampling.BILINEAR)))
@@ -335,15 +336,15 @@ class Photos:
 
 def load_photos(parts: dict[str, list], files: dict[Path, list[Path]], cache: Path, size: int,
                 border: float | None, workers: int) -> tuple[dict[str, Photos], dict[Path, str]]:
-    """Decode the photos of all parts, unless the cache has them; in threads, which Pillow lets run
-    side by side. `parts` are (file, label) pairs. `files` lists all photos of a folder, one a row
-    of its cache. Returns the photos by part, and what is wrong with those left out."""
+    """Decode the photos of all parts, (file, label) pairs, unless the cache has them. `files` lists
+    all photos of a folder, one a row of its cache. Returns the photos by part, and what is wrong
+    with those left out."""
     loaded, damaged = {}, {}
     for folder, names in files.items():
         stats = [file.stat(follow_symlinks=file.exists()) for file in names]
-        state = fingerprint(PIL.__version__, torch.__version__, CACHE_FORMAT, [
-            (str(file.relative_to(folder)), stat.st_size, stat.st_mtime_ns)
-            for file, stat in zip(names, stats)])
+        state = fingerprint(Image.__version__, torch.__version__, CACHE_FORMAT, [
+            (str(file.relative_to(folder)), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns,
+             stat.st_ino) for file, stat in zip(names, stats)])
         pixels = Cache(cache, f"{fingerprint(folder.resolve())}-{state}",
                        f"pixels-{fingerprint(size, border)}", len(names), (size, size, 3),
                        torch.uint8)
@@ -374,8 +375,8 @@ def build_network(architecture: str, state: dict | None, classes: int) -> nn.Mod
     features, network.fc = network.fc.in_features, nn.Identity()  # so that no fc is expected
     if state is not None:
         try:
-            network.load_state_dict({str(name): value for name, value in state.items()
-                                     if not str(name).startswith("fc.")})
+            network.load_state_dict({name: value for name, value in state.items()
+                                     if not name.startswith("fc.")})
         except RuntimeError as error:  # what differs: a line each, after a headline
             raise InputError(f"--weights are not those of a {architecture}, give others: "
                              f"{str(error).splitlines()[1].strip():.200}") from None
@@ -395,21 +396,27 @@ def read_weights(spec: str, scratch: bool = False) -> tuple[str, dict[str, torch
     Raises InputError: they can't be had, or this is no file."""
     if spec == "none":
         return "small_cnn" if scratch else "resnet50", None
+    file = Path(spec)
     if spec in ResNet50_Weights.__members__:
-        weights = ResNet50_Weights[spec]
+        url = ResNet50_Weights[spec].url  # its name ends with the start of its SHA-256
+        file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
         try:
-            return "resnet50", weights.get_state_dict(progress=True, check_hash=True)
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(file), file.stem[-8:])
         except (OSError, RuntimeError) as error:  # network or disk; a wrong hash
-            raise InputError(f"--weights {spec} can't be fetched ({error}): download "
-                             f"{weights.url} and give --weights PATH, or try --demo") from None
-    if not os.path.isfile(spec):
+            raise InputError(f"--weights {spec} can't be had ({error}): try again, or download "
+                             f"{url} and give --weights PATH, or try --demo") from None
+    elif not file.is_file():
         raise InputError(f"--weights '{spec}' is no file, nor one of "
                          f"{', '.join(ResNet50_Weights.__members__)}, none")
-    state, architecture = load_tensors(Path(spec)), "resnet50"
-    for wrapper in ("model", "state_dict"):  # checkpoints of this script and of many others
+    state, architecture = load_tensors(file), "resnet50"
+    for wrapper in ("model", "state_dict", "model_state_dict"):  # checkpoints of this and of others
         if isinstance(state, dict):
             architecture, state = state.get("architecture", architecture), state.get(wrapper, state)
-    return architecture, dict(state) if isinstance(state, dict) else {}
+    prefixes = r"((module|model|net|network|_orig_mod)\.)*"  # of DataParallel, Lightning, compile
+    return architecture, {re.sub(f"^{prefixes}", "", str(name)): value for name, value in (
+        state.items() if isinstance(state, dict) else ())}
 
 
 def build_small_cnn() -> nn.Module:
@@ -442,8 +449,7 @@ class FineTuned(nn.Module):
         frozen = nn.Sequential(*children[:freeze]).requires_grad_(False).eval()
         self.trunk = fuse(frozen).to(precision).to(memory_format=self.layout)
         self.backbone = nn.Sequential(*children[freeze:])
-        self.precision, self.hold_batchnorm = precision, hold_batchnorm
-        self.device = device
+        self.device, self.precision, self.hold_batchnorm = device, precision, hold_batchnorm
         self.mean, self.std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
 
     def train(self, mode: bool = True):
@@ -471,25 +477,13 @@ class FineTuned(nn.Module):
 
 
 # -- Feature maps, once a photo, and batches of their crops ----------------------------------------
-def feature_maps(model: FineTuned, photos: Photos, which: torch.Tensor) -> torch.Tensor:
-    """The trunk's maps of the photos at positions `which`, int64 (batch,), cached or computed now:
-    (batch, side, side, channels), on the model's device."""
-    if photos.maps is None:
-        return model.maps(send(photos.pixels[photos.rows[which]], model.device))
-    if isinstance(photos.maps, Cache):
-        return send(photos.maps[photos.rows[which]], model.device)
-    return photos.maps[send(which, model.device)]
-
-
 def cache_maps(model: FineTuned, parts: list[Photos]) -> str:
     """Compute the maps of these parts once, if half of the free disk and a quarter of an NVIDIA
     GPU's free memory hold them; else each step computes them again. Says what became of it."""
     weights = [zlib.crc32(value.float().cpu().numpy().tobytes())
                for value in model.trunk.state_dict().values()]
-    if not weights:
-        return "nothing is frozen"
     pixels, rows = parts[0].pixels, torch.cat([part.rows for part in parts])
-    example = feature_maps(model, parts[0], torch.arange(1))[0]
+    example = model.maps(send(pixels[rows[:1]], model.device))[0]
     name = fingerprint(pixels.name, weights, len(model.backbone), example.shape, example.dtype,
                        model.device.type)
     maps = Cache(pixels.folder, pixels.key, f"maps-{name}", pixels.file_shape[0], example.shape,
@@ -509,9 +503,8 @@ def cache_maps(model: FineTuned, parts: list[Photos]) -> str:
 
 
 def crop(maps: torch.Tensor, offsets: torch.Tensor, width: float) -> torch.Tensor:
-    """A square of each map, `width` times as wide: (batch, side, side, channels) -> (batch, kept,
-    kept, channels), nearly the map of a cropped photo. `offsets`, float32 (batch, 2) in [0, 1),
-    say how far down and to the right."""
+    """A square of each map (batch, side, side, channels), `width` times as wide: nearly the map of
+    a cropped photo. `offsets`, float32 (batch, 2) in [0, 1), say how far down and to the right."""
     side, kept = maps.shape[1], round(width * maps.shape[1])
     corners = (offsets * (side - kept + 1)).long().tolist()
     squares = [each[top:top + kept, left:left + kept] for each, (top, left) in zip(maps, corners)]
@@ -536,7 +529,13 @@ def batches(model: FineTuned, photos: Photos, batch_size: int, title: str,
     steps = positions.tensor_split(math.ceil(len(order) / batch_size))  # 65: 33 + 32, not 64 + 1
     for step in tqdm(steps, title, unit="step", leave=False, disable=QUIET):
         mine = step[RANK::WORLD_SIZE]
-        maps = feature_maps(model, photos, order[mine])
+        rows = photos.rows[order[mine]]
+        if photos.maps is None:  # there was no room for them
+            maps = model.maps(send(photos.pixels[rows], model.device))
+        elif isinstance(photos.maps, Cache):
+            maps = send(photos.maps[rows], model.device)
+        else:
+            maps = photos.maps[send(order[mine], model.device)]
         maps = maps if width == 1 else crop(maps, offsets[mine], width)
         maps = maps.permute(0, 3, 1, 2).contiguous(memory_format=model.layout)
         yield maps, send(photos.labels[order[mine]], model.device), len(step)
@@ -598,7 +597,6 @@ def fit_head(model: FineTuned, train: Photos, batch_size: int) -> tuple[float, f
         loss = F.cross_entropy(head(features), train.labels) + PENALTY * head.weight.square().sum()
         loss.backward()
         return loss.detach()
-
     optimizer.step(closure)
     with torch.no_grad():
         for value in head.parameters():
@@ -648,10 +646,11 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
     """Photos, network, feature maps, epochs, test. Returns the model, its history and its test."""
     resumed = {}
     if args.resume:
+        args.resume = args.resume.parent if args.resume.is_file() else args.resume
         resumed = from_rank_0(load_checkpoint, args.resume / "last.pt")
         if "optimizer" not in resumed:
             raise InputError(f"'{args.resume / 'last.pt'}' can't be resumed: it is a best.pt")
-        vars(args).update(resumed["options"] | args.typed)
+        vars(args).update(resumed["options"] | args.typed | {"resume": args.resume})
     recipe = RECIPES[args.recipe]
 
     # Which photos there are, and which part each is in
@@ -670,12 +669,16 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
         args.architecture, state = from_rank_0(read_weights, args.weights, args.from_scratch)
         network = build_network(args.architecture, state, len(split.manifest["classes"]))
         if args.freeze is None:
-            args.freeze = 4 if args.architecture == "small_cnn" else 6
+            args.freeze = 0 if state is None else 4 if args.architecture == "small_cnn" else 6
     model = FineTuned(network, args.freeze, device, precision, recipe.hold_batchnorm)
-    learner = data_parallel(model)
+    learner = model
+    if WORLD_SIZE > 1:
+        if not recipe.hold_batchnorm:
+            raise InputError("this recipe learns BatchNorm's statistics: use one process")
+        learner = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
     with run_folder(args) as (run, cache):
-        print_banner(args, split.parts, model)
+        print_banner(args, split, model)
         photos, damaged = load_photos(split.parts, split.files, cache, args.image_size,
                                       recipe.border, args.workers)
         train, val, test = photos["train"], photos["val"], photos["test"]
@@ -693,8 +696,8 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
         history = resumed.get("history", [])
         if resumed:
             if differ := dict(resumed["checksums"].items() ^ facts["checksums"].items()):
-                raise InputError(f"{len(differ)} photos changed since the run began (or Pillow, "
-                                 f"which decodes them), as {min(differ)!r}: start another run")
+                raise InputError(f"{len(differ)} photos or Pillow changed since the run began, as "
+                                 f"{min(differ)!r}: start another run")
             optimizer.load_state_dict(resumed["optimizer"])
             for value, state in optimizer.state.items():  # fused Adam needs the weights' layout
                 state.update({key: torch.empty_like(value).copy_(old)
@@ -724,27 +727,24 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
             val_logits = predict(model, val, args.batch_size, "validation")
             val_loss, val_acc = loss_and_accuracy(val_logits, val.labels)
             temperature, calibrated_loss = fit_temperature(val_logits, val.labels)
-            rates = [group["lr"] if epoch else 0.0 for group in optimizer.param_groups]
             history.append({
                 "epoch": epoch, "train_loss": train_loss, "train_acc": train_acc,
                 "val_loss": val_loss, "val_acc": val_acc, "calibrated_loss": calibrated_loss,
-                "lr_head": rates[0], "lr_backbone": rates[1],
                 "seconds": time.perf_counter() - start,
                 "images_per_second": len(train.rows) / (trained - start)})
             if not math.isfinite(train_loss + val_loss):
-                raise InputError(f"the loss of epoch {epoch} is not finite: start another run with "
-                                 "lower learning rates (--lr-head, --lr-backbone), or --amp off")
+                raise InputError(f"the loss of epoch {epoch} is not finite: start again with lower "
+                                 "--lr-head and --lr-backbone, or with --amp off")
             if RANK == 0:
                 checkpoint = facts | {"epoch": epoch, "temperature": temperature, "model": {
                     name: value.cpu() for name, value in network.state_dict().items()}}
                 if best_epoch(history) == epoch:
                     save_checkpoint(run / "best.pt", checkpoint)
                 write_csv(run / "history.csv", history)
-                if epoch == first:
-                    write_json(run / "split.json", split.manifest)
-                    write_json(run / "config.json", facts | {  # for people
-                        "split": "split.json", "checksums": "last.pt", "device": str(device),
-                        "precision": str(precision)})
+                write_json(run / "split.json", split.manifest)
+                write_json(run / "config.json", facts | {  # for people
+                    "split": "split.json", "checksums": "last.pt", "device": str(device),
+                    "precision": str(precision)})
                 save_checkpoint(run / "last.pt", checkpoint | {  # last, as it counts on the others
                     "history": history, "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict()})
@@ -752,8 +752,6 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
 
         # The test: once, of the best epoch
         best = from_rank_0(load_checkpoint, run / "best.pt")
-        if best["epoch"] != best_epoch(history):
-            raise InputError(f"'{run / 'best.pt'}' is not of the best epoch: start another run")
         network.load_state_dict(best["model"])
         return model, history, score(model, test, best, args, history)
 
@@ -761,7 +759,7 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
 def demo(args: argparse.Namespace) -> None:
     """Pre-train a small network on drawn pictures. Then fine-tune it on a few pictures of other
     classes, and train one from scratch on the same. An interrupted demo goes on."""
-    from_rank_0(disk.draw_demo, Path("demo"))
+    disk.draw_demo(Path("demo"))
     results = {}
     for name, options in DEMO.items():
         run = (DEMO_RUNS / name).as_posix()
@@ -782,15 +780,6 @@ def demo(args: argparse.Namespace) -> None:
 
 
 # -- What serves the job: several processes, files, the test, use, pictures ------------------------
-def data_parallel(model: FineTuned) -> nn.Module:
-    """The model as one process or several train it. Raises InputError: several can't."""
-    if WORLD_SIZE == 1:
-        return model
-    if not model.hold_batchnorm:
-        raise InputError("this recipe learns BatchNorm's statistics: use one process")
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-
-
 @contextmanager
 def run_folder(args: argparse.Namespace):
     """The folders of the run and of its cache. An interrupted run says how to go on."""
@@ -801,6 +790,8 @@ def run_folder(args: argparse.Namespace):
         disk.refuse_inside_photos(args.data, run, cache)
         yield run, cache
     except KeyboardInterrupt:
+        if WORLD_SIZE > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it, too
         start = f"torchrun --nproc-per-node={LOCAL_WORLD_SIZE}" if WORLD_SIZE > 1 else "python"
         job = "--demo" if run.parent == DEMO_RUNS else f"--resume {shlex.quote(str(run))}"
         command = f"{start} {shlex.quote(sys.argv[0])} {job}"
@@ -809,15 +800,20 @@ def run_folder(args: argparse.Namespace):
     finally:
         if str(args.cache) == "none":
             shutil.rmtree(cache, ignore_errors=True)
-        if RANK == 0 and run.is_dir() and not any(run.iterdir()):
-            run.rmdir()
+        if RANK == 0 and run.is_dir():
+            (run / disk.CLAIM).unlink(missing_ok=True)
+            if not any(run.iterdir()):
+                run.rmdir()
 
 
-def print_banner(args: argparse.Namespace, parts: dict[str, list], model: FineTuned) -> None:
+def print_banner(args: argparse.Namespace, split: disk.Split, model: FineTuned) -> None:
     learning, frozen = (sum(parameter.numel() for parameter in model.network.parameters()
                             if parameter.requires_grad == learns) for learns in (True, False))
-    print(f"Photos      {', '.join(f'{len(pairs):,} {part}' for part, pairs in parts.items())} "
-          f"({args.data}, --fraction {args.fraction:g})\n"
+    used, there = (sum(map(len, some.values())) for some in (split.parts, split.files))
+    names, parts = split.manifest["classes"], split.parts.items()
+    print(f"Photos      {', '.join(f'{len(pairs):,} {part}' for part, pairs in parts)} "
+          f"({args.data}; --fraction {args.fraction:g}, 1.0 would add {there - used:,})\n"
+          f"Classes     {len(names)}: {', '.join(names[:10])}{' ...' * bool(names[10:])}\n"
           f"Network     {args.architecture} ({args.weights}): "
           f"{learning:,} parameters learn, {frozen:,} are frozen\n"
           f"Machine     {model.device}, {str(model.precision).removeprefix('torch.')}, "
@@ -834,7 +830,7 @@ def describe_run(args: argparse.Namespace, manifest: dict, checksums: dict[str, 
                         for name, value in vars(args).items() if name not in left_out},
             "preprocessing": {"image_size": args.image_size, "interpolation": "bilinear",
                               "border": RECIPES[args.recipe].border, "mean": MEAN, "std": STD},
-            "versions": {"torch": str(torch.__version__), "pillow": PIL.__version__}}
+            "versions": {"torch": str(torch.__version__), "pillow": Image.__version__}}
 
 
 def save_checkpoint(file: Path, checkpoint: dict) -> None:
@@ -937,8 +933,6 @@ def load_trained(file: str | Path, args: argparse.Namespace) -> tuple[dict, Fine
     checkpoint = load_checkpoint(Path(file))
     vars(args).update(checkpoint["options"] | {"device": "auto"} | args.typed)
     device = pick_device(args.device)
-    if args.amp == "fp16" and device.type != "cuda" and "amp" not in args.typed:
-        args.amp = "auto"  # it was trained on an NVIDIA GPU
     model = FineTuned(trained_network(checkpoint), args.freeze, device,
                       pick_precision(args.amp, device))
     return checkpoint, model.eval()
@@ -948,11 +942,12 @@ def evaluate(args: argparse.Namespace) -> None:
     """Test a checkpoint again, or on other photos, in a new folder."""
     checkpoint, model = load_trained(args.evaluate, args)
     args.data = disk.find_data(args.data)
-    folder = disk.test_folder(args.data) or disk.train_folder(args.data)
-    photos, classes = disk.list_photos(folder, least=1), checkpoint["classes"]
+    train_folder, test_folder = disk.part_folders(args.data)
+    folder, classes = test_folder or train_folder, checkpoint["classes"]
+    photos = disk.list_photos(folder, least=1)
     if not photos.keys() <= set(classes):
         raise InputError(f"'{folder}' has classes that the network has not learnt: "
-                         f"{disk.differences(classes, photos, 'the checkpoint', 'the folder')}")
+                         f"{disk.differences(classes, photos)}")
     paths = [path for name in photos for path in photos[name]]
     aside = checkpoint["split"].get("test", [])
     chosen = aside if aside and set(aside) <= set(paths) else paths  # the run's own test part
@@ -971,27 +966,30 @@ def classify(args: argparse.Namespace) -> None:
     file, *places = args.predict
     checkpoint, model = load_trained(file, args)
     classes, border = checkpoint["classes"], checkpoint["preprocessing"]["border"]
-    photos = [photo for place in places for photo in disk.photos_in(Path(place))]
-    read = partial(read_photo, size=args.image_size, border=border)
+    with redirect_stdout(sys.stderr):  # what is left out
+        photos = [photo for place in places for photo in disk.photos_in(Path(place))]
+    read = 0
 
     def print_row(*cells) -> None:
         print("\t".join(re.sub(r"[\t\r\n]", " ", str(cell)) for cell in cells), flush=True)
-
     print_row("path", *[name + place for place in ("", "_2", "_3")[:len(classes)]
                         for name in ("class", "confidence")])
     with ThreadPoolExecutor(args.workers) as pool:
         for start in range(0, len(photos), args.batch_size):
             group = photos[start:start + args.batch_size]
-            found = [*pool.map(read, group)]
-            whole = [pixels for pixels in found if isinstance(pixels, torch.Tensor)]
-            if whole:
-                maps = model.maps(send(torch.stack(whole), model.device))
-                logits = model(maps.permute(0, 3, 1, 2)).cpu() / checkpoint["temperature"]
-                top = iter(zip(*logits.softmax(1).topk(min(3, len(classes)))))
-            for photo, pixels in zip(group, found):
-                print_row(photo, *(["error", pixels] if isinstance(pixels, InputError) else [
-                    cell for share, label in zip(*next(top))
-                    for cell in (classes[label], f"{share:.4f}")]))
+            found = [*pool.map(partial(read_photo, size=args.image_size, border=border), group)]
+            blank = torch.zeros(args.image_size, args.image_size, 3, dtype=torch.uint8)
+            pixels = torch.stack([blank if isinstance(each, InputError) else each
+                                  for each in found])
+            logits = model(model.maps(send(pixels, model.device)).permute(0, 3, 1, 2)).cpu()
+            top = (logits / checkpoint["temperature"]).softmax(1).topk(min(3, len(classes)))
+            for photo, each, shares, labels in zip(group, found, *map(torch.Tensor.tolist, top)):
+                cells = [cell for label, share in zip(labels, shares)
+                         for cell in (classes[label], f"{share:.4f}")]
+                print_row(photo, *(["error", each] if isinstance(each, InputError) else cells))
+                read += not isinstance(each, InputError)
+    if not read:
+        raise InputError("no photo could be read: give others after the checkpoint")
 
 
 @contextmanager
@@ -1028,8 +1026,9 @@ def draw_pictures(out: Path, report: dict, photos: Photos, confidence: torch.Ten
     """Draw curves.png of a history, and confusion.png, mistakes.png, reliability.png of a test."""
     if history:
         draw_curves(out / "curves.png", {"": (history, report)})
-    names, paths = ([name[-26:].encode(errors="replace").decode() for name in names]
-                    for names in (report["classes"], photos.paths))  # as fonts can show them
+    names, paths = ([short.encode(errors="replace").decode() for short in (  # as fonts can show
+        name if len(name) < 27 else f"{name[:11]}...{name[-12:]}" for name in names)]
+                    for names in (report["classes"], photos.paths))
     correct = predicted == photos.labels
 
     counts, side = torch.tensor(report["confusion"]), min(40, 3 + 0.5 * len(names))
@@ -1088,9 +1087,10 @@ def main(args: argparse.Namespace) -> None:
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if store and store.add("said", 0):
             sys.exit(2)  # this process waited for one that has ended
-        if not re.search("MemoryError|out of memory|allocate memory", repr(error)):
+        if not re.search("MemoryError|out of memory|allocate memory|start new thread", repr(error)):
             raise
-        raise InputError(f"out of memory ({error}): lower --batch-size or --image-size") from None
+        raise InputError(f"too little memory or threads ({error}): lower --batch-size, "
+                         "--image-size or --workers") from None
 
 
 if __name__ == "__main__":

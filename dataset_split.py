@@ -20,7 +20,6 @@ import math
 import os
 import shutil
 import sys
-import time
 import unicodedata
 import urllib.request
 import zipfile
@@ -28,21 +27,22 @@ import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
-try:
-    from tqdm import tqdm
-except ModuleNotFoundError as error:
-    print(f"{error}: pip install -r requirements.txt", file=sys.stderr)
-    sys.exit(2)
-
 ARCHIVE = "https://storage.googleapis.com/wandb_datasets/nature_12K.zip"
-PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+PHOTO_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff",
+                 ".webp", ".avif")
+SYSTEM_FOLDERS = ("__MACOSX", "System Volume Information", "RECYCLER", "lost+found",
+                  "Network Trash Folder", "Temporary Items")  # and all that start with .@#$~
 PARTS = ("train", "val", "test")
 PART_NAMES = (*PARTS, "training", "valid", "validation", "testing")  # never the name of a class
 MANIFEST_FORMAT = 1
+CLAIM = ".running"  # a file in the folder of a run that has not ended
 TEST_FRACTION = 0.2  # of each class, where there is no val/
+_composed = partial(unicodedata.normalize, "NFC")  # macOS decomposes accented letters
 
 
 class InputError(Exception):
@@ -65,53 +65,70 @@ def find_data(folder: str | os.PathLike) -> Path:
     for place in (folder, *folder.parent.glob("*")):
         if place.name.lower() == folder.name.lower() and os.path.isdir(place):
             return place
-    raise InputError(f"no data folder '{folder}' in {Path.cwd()}: name yours with --data, or try "
-                     f"Q3.py with --demo, or with --download (3.8 GB, {ARCHIVE})")
+    what = "is a file, no folder" if folder.exists() else f"is not in {Path.cwd()}"
+    raise InputError(f"data folder '{folder}' {what}: name yours with --data, or try Q3.py with "
+                     f"--demo, or with --download (3.8 GB, {ARCHIVE})")
 
 
-def train_folder(data: Path) -> Path:
-    """train/, or else the data folder itself. Raises InputError if that has parts, not classes."""
+def part_folders(data: Path) -> tuple[Path, Path | None]:
+    """The folder of the training photos: train/, or else the data folder itself. And that of the
+    test photos: val/, if there is one. Raises InputError if there are parts, but no train/."""
     if os.path.isdir(data / "train"):
-        return data / "train"
+        return data / "train", data / "val" if os.path.isdir(data / "val") else None
     if parts := [name for name in os.listdir(data) if name.lower() in PART_NAMES]:
         raise InputError(f"no train/ beside '{data / parts[0]}': training photos belong in "
                          f"{data}/train/<Class>/, test photos, if any, in {data}/val/<Class>/")
-    return data
-
-
-def test_folder(data: Path) -> Path | None:
-    """val/, if there is one: its photos are for the test."""
-    return data / "val" if os.path.isdir(data / "val") else None
+    return data, None
 
 
 def list_photos(folder: Path, least: int = 2) -> dict[str, list[str]]:
-    """{class: sorted paths, relative to `folder`, with "/"}. Raises InputError: none, too few."""
-    photos = {}
-    with disk_errors(f"the photos in '{folder}' can't be listed"):
-        for place in sorted(folder.iterdir()):
-            if place.is_dir() and not place.name.startswith("."):
-                files = photos_in(place)
-                if files[-1].is_dir():
-                    raise InputError(f"no photos can be read in '{files[-1]}': move it away")
-                photos[place.name] = sorted(file.relative_to(folder).as_posix() for file in files)
+    """{class: sorted paths, relative to `folder`, with "/"}. Raises InputError: too few classes,
+    one without photos, or something that can't be read."""
+    files = photos_in(folder)
+    photos = {place.name: [] for place in sorted(folder.iterdir()) if _may_hold_photos(place)}
+    paths = [file.relative_to(folder).as_posix() for file in files]
+    for path in (path for path in paths if "/" in path):
+        photos[path.split("/")[0]].append(path)
+    if empty := [name for name in photos if not photos[name]]:
+        raise InputError(f"'{folder / empty[0]}' has no photos: fill it, or move it away")
     if len(photos) < least:
         raise InputError(f"'{folder}' has {len(photos)} class folders, and {least} are needed")
-    others = [file.name for file in folder.glob("[!.]*/**/[!.]*")
-              if not file.name.lower().endswith(PHOTO_ENDINGS) and file.is_file()]
-    if others:
-        print(f"Left out    {len(others)} files in '{folder}' are no photos, as {others[0]!r}")
+    if beside := [path for path in paths if "/" not in path]:
+        print(f"Left out    {len(beside):,} photos beside the class folders, as '{beside[0]}'")
     return photos
 
 
 def photos_in(place: Path) -> list[Path]:
-    """The photos below a folder, sorted, then the folders in it that can't be read; or [place]."""
-    photos, errors = [], []
-    walk = os.walk(place, onerror=errors.append) if os.path.isdir(place) else ()
+    """The photos below a folder, sorted, or [place]. Links are followed. Prints what is left out.
+    Raises InputError: a folder can't be read, or a link leads nowhere."""
+    def stop(error: OSError):
+        raise InputError(f"'{error.filename}' can't be read ({error.strerror}): move it away")
+
+    photos, others = [], Counter()
+    walk = os.walk(place, onerror=stop, followlinks=True) if os.path.isdir(place) else ()
     for folder, folders, names in walk:
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        photos += [Path(folder, name) for name in names
-                   if name.lower().endswith(PHOTO_ENDINGS) and not name.startswith(".")]
-    return sorted(photos) + [Path(error.filename) for error in errors] or [place]
+        for each in [Path(folder, name) for name in folders]:
+            if not _may_hold_photos(each):
+                folders.remove(each.name)
+                if each.name[0] != "." and not each.is_symlink():
+                    others[f"in {each.name}"] += sum(len(files) for *_, files in os.walk(each))
+        for file in [Path(folder, name) for name in names if name[0] != "."]:
+            if file.name.lower().endswith(PHOTO_ENDINGS):
+                photos.append(file)
+            elif file.exists():
+                others[file.suffix.lower() or "without an ending"] += 1
+            else:
+                stop(FileNotFoundError(0, "a link to nothing", str(file)))
+    if others:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(others.items()))
+        print(f"Left out    files in '{place}': {kinds}")
+    return sorted(photos) or [place]
+
+
+def _may_hold_photos(place: Path) -> bool:
+    """Whether this is a folder, none that systems make (as @eaDir), and no link that leads back."""
+    return (place.is_dir() and place.name[0] not in ".@#$~" and place.name not in SYSTEM_FOLDERS
+            and not any(place.samefile(parent) for parent in place.absolute().parents))
 
 
 # -- Which photo is in which part ------------------------------------------------------------------
@@ -123,40 +140,36 @@ class Split:
 
 
 def split(photos: dict[str, list[str]], fraction: float, val_fraction: float, seed: int) -> dict:
-    """The manifest: of each class `fraction` is used, rounded down, but at least one photo; of
-    these `val_fraction` is validation. Raises InputError if a class is too small for both."""
-    train, val, share = [], [], _exact(val_fraction)
+    """The manifest: of each class `fraction` is used, of these `val_fraction` is validation. Raises
+    InputError if a class is too small for both."""
+    train, val, small, share = [], [], [], Fraction(str(val_fraction))
     for name, paths in photos.items():
-        count = max(1, math.floor(len(paths) * _exact(fraction)))
-        used = sorted(paths, key=lambda path: _hash(seed, path))[:count]
+        used = _first(paths, fraction, seed)
         if not 0 < round(len(used) * share) < len(used):
-            raise InputError(f"class {name!r} is too small: of its {len(paths)} photos {len(used)} "
-                             "are used. Add photos, or raise --fraction")
+            small.append(f"{name!r} ({len(used)} of {len(paths)} photos used)")
         for k, path in enumerate(used):
             in_val = round((k + 1) * share) > round(k * share)
             (val if in_val else train).append(path)
+    if small:
+        raise InputError(f"too small: {', '.join(small)}. Add photos, or raise --fraction")
     return {"format": MANIFEST_FORMAT, "fraction": fraction, "val_fraction": val_fraction,
             "seed": seed, "classes": sorted(photos), "train": sorted(train), "val": sorted(val)}
 
 
-def set_test_aside(photos: dict[str, list[str]], test_fraction: float) -> tuple[dict, list[str]]:
-    """(other photos, test paths): of each class `test_fraction`, rounded down, but at least one."""
-    rest, test = {}, []
-    for name, paths in photos.items():
-        count = max(1, math.floor(len(paths) * _exact(test_fraction)))
-        ordered = sorted(paths, key=lambda path: _hash("test", path))
-        rest[name], test = ordered[count:], test + ordered[:count]
+def set_test_aside(photos: dict[str, list[str]], fraction: float) -> tuple[dict, list[str]]:
+    """(other photos, test paths): `fraction` of each class is the test, whatever the seed."""
+    test = {path for paths in photos.values() for path in _first(paths, fraction, "test")}
+    rest = {name: [path for path in paths if path not in test] for name, paths in photos.items()}
     return rest, sorted(test)
 
 
-def _exact(number: float) -> Fraction:
-    """The decimal that was typed: 0.29 of 100 photos is 29, in binary it would be 28."""
-    return Fraction(str(number))
-
-
-def _hash(seed: int | str, path: str) -> bytes:
-    path = unicodedata.normalize("NFC", path)  # macOS decomposes accented letters
-    return hashlib.sha256(f"{seed}/{path}".encode("utf-8", "surrogateescape")).digest()
+def _first(paths: list[str], fraction: float, seed: int | str) -> list[str]:
+    """A fraction of the paths, rounded down, but at least one: the first by a hash."""
+    def place(path: str) -> bytes:
+        words = f"{seed}/{_composed(path)}".encode("utf-8", "surrogateescape")
+        return hashlib.sha256(words).digest()
+    count = math.floor(len(paths) * Fraction(str(fraction)))  # 0.29 of 100 is 29; in binary, 28
+    return sorted(paths, key=place)[:max(1, count)]
 
 
 def labelled(root: Path, paths: list[str], classes: list[str]) -> list[tuple[Path, int]]:
@@ -169,10 +182,9 @@ def load_split(args: argparse.Namespace, manifest: dict | None = None, name: str
     """The photos of args.data, divided as the options say, or a manifest. Sets args.data and the
     fractions to what is used. Opens no photo. Raises InputError."""
     args.data = find_data(args.data)
-    root, test_root = train_folder(args.data), test_folder(args.data)
+    root, test_root = folders = part_folders(args.data)
     for place in sorted(args.data.iterdir()):
-        read = any(place.samefile(folder) for folder in (root, test_root) if folder)
-        if place.name.lower() in PART_NAMES and not read:
+        if place.name.lower() in PART_NAMES and not any(map(place.samefile, filter(None, folders))):
             print(f"Left out    '{place}' is not read: test photos belong in val/")
     photos = list_photos(root)
     if manifest is None and test_root:
@@ -193,7 +205,7 @@ def load_split(args: argparse.Namespace, manifest: dict | None = None, name: str
         test_photos = list_photos(test_root)
         if test_photos.keys() != photos.keys():
             raise InputError(f"'{root}' and '{test_root}' need the same classes: "
-                             f"{differences(photos, test_photos, 'train', 'val')}")
+                             f"{differences(photos, test_photos)}")
         paths = [path for paths in test_photos.values() for path in paths]
         parts["test"] = labelled(test_root, paths, manifest["classes"])
         files[test_root] = [file for file, _ in parts["test"]]
@@ -218,53 +230,42 @@ def report_same_photos(parts: dict[str, list[tuple[Path, int]]], data: Path, out
         print(f"Same photo  {len(rows)} times in two parts or classes: {out / 'same_photos.csv'}")
 
 
-def write_manifest(manifest: dict, file: Path) -> None:
-    """Write a manifest. Raises InputError if another one, or something else, is there."""
-    if os.path.exists(file) and read_manifest(file) != manifest:
-        raise InputError(f"'{file}' is of another split: delete it, or name another with --out")
-    write_json(file, manifest)
-
-
 def read_manifest(file: str | os.PathLike) -> dict:
     """A manifest, not yet compared with the photos. Raises InputError: unreadable, or none."""
     with disk_errors(f"split '{file}' can't be read"):
         text = Path(file).read_bytes()
-    try:
+    with suppress(ValueError, TypeError, KeyError, AttributeError):  # other JSON, or none
         manifest = json.loads(text)
         names = manifest["classes"] + manifest["train"] + manifest["val"] + manifest.get("test", [])
-        good = (manifest["format"] == MANIFEST_FORMAT and 0 < manifest["fraction"] <= 1
-                and {type(name) for name in names} == {str})
-    except (ValueError, TypeError, KeyError, AttributeError):  # other JSON, or none
-        good = False
-    if not good:
-        raise InputError(f"split '{file}' is not a manifest of format {MANIFEST_FORMAT}")
-    return manifest
+        if (manifest["format"] == MANIFEST_FORMAT and 0 < manifest["fraction"] <= 1
+                and {type(name) for name in names} == {str}):
+            return manifest
+    raise InputError(f"split '{file}' is not a manifest of format {MANIFEST_FORMAT}")
 
 
 def check_manifest(manifest: dict, photos: dict[str, list[str]], name: str, has_val: bool) -> None:
     """Raise InputError, which starts with `name`, unless the manifest fits the photos and val/."""
     parts = [manifest[part] for part in PARTS if part in manifest]
     named = Counter(path for paths in parts for path in paths)
-    there = {path for paths in photos.values() for path in paths}
+    there, problem = {path for paths in photos.values() for path in paths}, ""
     if has_val == ("test" in manifest):
         problem = "has test photos, as the data has" if has_val else "has no test photos, nor val/"
     elif manifest["classes"] != sorted(photos):
-        problem = f"has other classes: {differences(manifest['classes'], photos, 'it', 'the data')}"
+        problem = f"and the data differ in classes: {differences(manifest['classes'], photos)}"
     elif wrong := [path for path in named if path not in there or named[path] > 1]:
         problem = f"names photos that are not there, or twice ({len(wrong)}), as {wrong[0]!r}"
     elif any({path.split("/", 1)[0] for path in paths} < photos.keys() for paths in parts):
         problem = "has a part without photos of some class"
-    else:
-        return
-    raise InputError(f"{name} {problem}: give the --data that it was made from, or make another")
+    if problem:
+        raise InputError(f"{name} {problem}: give the --data it was made from, or make another")
 
 
-def differences(ours, theirs, our_name: str, their_name: str) -> str:
-    """What only one of two collections of names holds, in words: the first three of each."""
-    only = {our_name: [*(set(ours) - set(theirs))], their_name: [*(set(theirs) - set(ours))]}
-    words = [f"only {where} has {', '.join(map(repr, sorted(names)[:3]))}{' ...' * bool(names[3:])}"
-             for where, names in only.items() if names]
-    return "; ".join(words) or "their order differs"
+def differences(ours, theirs) -> str:
+    """Which names, three at most, only one of two collections holds, in words."""
+    if {*map(_composed, ours)} == {*map(_composed, theirs)}:
+        return "names differ only in order, or in how accents are encoded (NFC, NFD): rename one"
+    names = sorted(set(ours) ^ set(theirs))
+    return f"only one has {', '.join(map(repr, names[:3]))}{' ...' * bool(names[3:])}"
 
 
 # -- Files that are whole at any moment, and folders -----------------------------------------------
@@ -295,16 +296,18 @@ def write_csv(file: Path, rows: list[dict]) -> None:
     write_whole(file, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
-def claim_folder(out: Path | None, names: tuple[str, ...], resume: bool = False) -> Path:
-    """A run's folder, `out` or a new runs/<date-time>. Raises InputError: one of `names` is in it,
-    and not to `resume`; or it can't be made. What a kill left half written is deleted."""
-    with disk_errors(f"--out '{out or 'runs'}' can't be the run's folder"):
-        now = time.strftime("%Y-%m-%d_%H-%M-%S") + f".{time.time_ns() // 1000 % 10**6:06}"
-        named, out = out is not None, out or Path("runs", now)
-        out.mkdir(parents=True, exist_ok=named)
-        if not resume and any((out / name).exists() for name in names):
-            resumable = f", or --resume '{out}'" if (out / "last.pt").exists() else ""
-            raise InputError(f"--out '{out}' already holds a run: name another folder{resumable}")
+def claim_folder(out: Path | None, results: tuple[str, ...], resume: bool = False) -> Path:
+    """A run's folder, `out` or a new runs/<date-time>, with a file CLAIM that only one run can make
+    and deletes at its end. What a kill left half written is deleted. Unless it is to `resume`,
+    raises InputError if there are results of another run, or its CLAIM."""
+    out = out or Path("runs", datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f"))
+    with disk_errors(f"--out '{out}' can't be the run's folder"):
+        out.mkdir(parents=True, exist_ok=True)
+        found = [name for name in (*results, CLAIM) if (out / name).exists()]
+        if found and not resume:
+            raise InputError(f"'{out / found[0]}' is of another run: name another folder with "
+                             f"--out, or --resume '{out}', or delete it")
+        (out / CLAIM).touch(exist_ok=resume)
         for left in out.glob(".*.[0-9]*.tmp"):
             left.unlink()
     return out
@@ -312,7 +315,7 @@ def claim_folder(out: Path | None, names: tuple[str, ...], resume: bool = False)
 
 def refuse_inside_photos(data: Path, *folders: Path) -> None:
     """Raise InputError if one of the folders, made or not, would be a class of the data."""
-    roots = {part.resolve() for part in (train_folder(data), test_folder(data)) if part}
+    roots = {part.resolve() for part in part_folders(data) if part}
     for folder in folders:
         for root in roots.intersection(folder.resolve().parents):
             if not folder.resolve().relative_to(root).parts[0].startswith("."):
@@ -342,7 +345,7 @@ def materialize(manifest: dict, source: Path, target: Path, mode: str) -> None:
         for part in PARTS:
             for path in manifest.get(part, []):
                 (new / part / path).parent.mkdir(parents=True, exist_ok=True)
-                place(os.path.abspath(source / path), new / part / path)
+                place(os.path.realpath(source / path), new / part / path)
 
 
 # -- Data sets: one drawn, one downloaded ----------------------------------------------------------
@@ -354,12 +357,12 @@ PATTERNS = ("Checks", "Crosses", "Discs", "Dots", "Rays", "Rings", "Spirals", "S
 def draw_demo(folder: Path, source: int = 140, train: int = 20, test: int = 40) -> None:
     """Draw folder/source and folder/target, once: of each of FORMULAS `source` pictures, of each of
     PATTERNS `train` for training and `test` for the test. Raises InputError."""
+    from tqdm import tqdm  # here, because a split needs Python alone
     if os.path.isdir(folder / "target/val/Waves"):
         return
-    parts = (("source", FORMULAS, source), ("target/train", PATTERNS, train),
-             ("target/val", PATTERNS, test))
-    files = [(name, Path(part, name, f"{index:03}.png"))
-             for part, names, count in parts for name in names for index in range(count)]
+    files = [(name, Path(part, name, f"{index:03}.png")) for part, names, count in (
+        ("source", FORMULAS, source), ("target/train", PATTERNS, train),
+        ("target/val", PATTERNS, test)) for name in names for index in range(count)]
     with disk_errors(f"--demo can't draw its pictures in '{folder}'"), _whole_folder(folder) as new:
         for number, (name, file) in enumerate(tqdm(files, "Drawing", leave=False, disable=None)):
             (new / file).parent.mkdir(parents=True, exist_ok=True)
@@ -388,10 +391,10 @@ def draw_picture(name: str, seed, width: int = 80, height: int = 64):
         factors = np.random.default_rng(number).integers(-2, 3, (2, 4))
         waves = np.sin(np.tensordot(factors, (x / 2, y / 2, r / 2, angle), 1)).sum(0)
         patterns[name] = (waves > 0.3) & (r < (7 if number % 2 else 99))
-    painted = patterns[name]
     paper = random.integers(0, 256, 3)
     ink = (paper + random.integers(70, 187, 3)) % 256
-    pixels = np.where(painted[..., None], ink, paper) + random.integers(-40, 41, (height, width, 1))
+    grain = random.integers(-40, 41, (height, width, 1))
+    pixels = np.where(patterns[name][..., None], ink, paper) + grain
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -411,32 +414,29 @@ def download(folder: Path, url: str = ARCHIVE) -> None:
 
 
 def _fetch(url: str, file: Path) -> None:
-    """Make `file` the whole archive. A transfer that fails or breaks off is tried again."""
+    """Make `file` the whole archive. Bytes that are here already are not fetched again."""
+    from tqdm import tqdm
     print(f"Fetching    {url}", flush=True)
-    for pause in (0, 1, 2, 4, 8):
-        time.sleep(pause)
-        have = file.stat().st_size if file.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                start = have if response.status == 206 else 0  # 200: the whole file comes again
-                size = start + int(response.headers.get("Content-Length", 0))
-                with (open(file, "ab" if start else "wb") as stream,
-                      tqdm.wrapattr(response, "read", size, initial=start, disable=None) as reader):
-                    shutil.copyfileobj(reader, stream, 2**20)
-            if file.stat().st_size >= size:
-                return
-            problem = f"broke off before byte {size:,}"
-        except (OSError, http.client.HTTPException) as error:
-            if getattr(error, "code", None) == 416:  # nothing comes after the bytes we have
-                return
-            problem = error
-    raise InputError(f"can't fetch {url} ({problem}): the same command goes on with what is here, "
-                     "and Q3.py --demo needs no network")
+    have = file.stat().st_size if file.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            start = have if response.status == 206 else 0  # 200: the whole file comes again
+            size = start + int(response.headers.get("Content-Length", 0))
+            with (open(file, "ab" if start else "wb") as stream,
+                  tqdm.wrapattr(response, "read", size, initial=start, disable=None) as reader):
+                shutil.copyfileobj(reader, stream, 2**20)
+        if file.stat().st_size < size:
+            raise OSError("it broke off")
+    except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "code", None) != 416:  # 416: nothing comes after the bytes we have
+            raise InputError(f"can't fetch {url} ({error}): the same command goes on with what is "
+                             "here, and Q3.py --demo needs no network") from None
 
 
 def _unpack(archive: Path, folder: Path) -> None:
     """Unpack train/ and val/, which may be in one outer folder. Deletes a damaged archive."""
+    from tqdm import tqdm
     try:
         with zipfile.ZipFile(archive) as packed:  # checks each CRC, writes nothing elsewhere
             for member in tqdm(packed.infolist(), "Unpacking", leave=False, disable=None):
@@ -456,13 +456,11 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (all options: python {self.prog} --help)")
 
 
-def number(kind: type, low: float, high: float, ends: str = "[]"):
-    """An argparse type: an int or float in an interval, whose ends belong to it or not: "(]"."""
+def number(kind: type, low: float, high: float):
+    """An argparse type: an int or float from low to high."""
     def number(text: str):  # argparse has the name of this function in its message
-        value = kind(text)
-        open_ends = {end for end, bracket in ((low, ends[0]), (high, ends[1])) if bracket in "()"}
-        if value in open_ends or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is outside {ends[0]}{low}, {high}{ends[1]}")
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is outside [{low}, {high}]")
         return value
 
     return number
@@ -470,8 +468,8 @@ def number(kind: type, low: float, high: float, ends: str = "[]"):
 
 def add_split_options(group, fraction: float) -> None:
     """Add the options that both commands share. With the same values they make the same split."""
-    part = number(float, 0, 1, "()")
-    group.add_argument("--fraction", type=number(float, 0, 1, "(]"), default=fraction,
+    part = number(float, 0.001, 0.999)
+    group.add_argument("--fraction", type=number(float, 0.001, 1), default=fraction,
                        metavar="F", help="part of each class to use (default: %(default)s)")
     group.add_argument("--val-fraction", type=part, default=0.2, metavar="V",
                        help="part of these that is validation (default: %(default)s)")
@@ -500,6 +498,9 @@ def get_args_parser() -> Parser:
 def _print_table(made: Split) -> None:
     counts = {part: Counter(label for _, label in pairs) for part, pairs in made.parts.items()}
     classes = made.manifest["classes"]
+    there = Counter(classes.index(file.relative_to(folder).parts[0])
+                    for folder, files in made.files.items() for file in files)
+    counts["unused"] = there - sum(counts.values(), Counter())
     width = max(map(len, ("Class", *classes)))
     print(f"{'Class':{width}}", *(f"{part:>6}" for part in counts), sep=" | ")
     for label, name in enumerate(classes):
@@ -513,14 +514,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.mode and not args.materialize:
         parser.error("--mode says how --materialize DIR puts photos there: give that, too")
     made = load_split(args)
-    if args.materialize:
-        refuse_inside_photos(args.data, args.materialize)
     out = args.out or Path("splits", f"{args.fraction}-{args.val_fraction}-{args.seed}.json")
-    write_manifest(made.manifest, out)
+    refuse_inside_photos(args.data, out, args.materialize or out)
+    if os.path.exists(out) and read_manifest(out) != made.manifest:
+        raise InputError(f"'{out}' is of another split: delete it, or name another with --out")
+    write_json(out, made.manifest)
     _print_table(made)
     print(f"\nManifest: {out}")
     if args.materialize:
-        source = train_folder(args.data)
+        source, _ = part_folders(args.data)
         materialize(made.manifest, source, args.materialize, args.mode or "symlink")
 
 

@@ -92,7 +92,9 @@ def one_trial(start, out: Path, seconds: float, while_writing: bool,
     kills = writing = 0
     status = None
     while status != 0:
-        words = ["--resume" if (out / "last.pt").exists() else "--out", out]
+        if not (resume := (out / "last.pt").exists()):
+            shutil.rmtree(out, ignore_errors=True)  # begun, and nothing kept
+        words = ["--resume" if resume else "--out", out]
         process, begun = start(words), time.monotonic()
         if kills == 0 or (kills < 4 and chance.random() < 1 / 3):
             if while_writing:

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from pathlib import Path
 
@@ -83,7 +82,7 @@ def test_parts_share_no_photo_and_subsets_nest(val_fraction):
 
 def test_class_too_small_for_both_parts_is_named():
     for photos, fraction, val_fraction in ((20, 0.1, 0.2), (1, 1.0, 0.9), (0, 1.0, 0.2)):
-        with pytest.raises(ds.InputError, match="'Aves' is too small"):
+        with pytest.raises(ds.InputError, match="too small: 'Aves' "):
             ds.split(names({"Aves": photos, "Fungi": 500}), fraction, val_fraction, 0)
 
 
@@ -111,7 +110,44 @@ def test_photos_may_lie_deeper_and_hidden_or_other_files_are_none(data):
         assert ds.photos_in(place) == [place]
     (data / "train/Fungi").chmod(0)
     if not os.access(data / "train/Fungi", os.R_OK):  # root may read everything
-        assert ds.photos_in(data / "train")[-1] == data / "train/Fungi"
+        with pytest.raises(ds.InputError, match=r"Fungi' can't be read"):
+            ds.photos_in(data / "train")
+
+
+def test_what_systems_leave_behind_is_left_out_and_counted(data, capsys):
+    """What Synology, macOS, Windows, QNAP and Linux put beside photos, some of it photos."""
+    before = ds.list_photos(data / "train")
+    for name in ("@eaDir/x.jpg", "Aves/@eaDir/00.jpg/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/Aves/1.jpg",
+                 "$RECYCLE.BIN/1.jpg", "#recycle/1.jpg", ".@__thumb/1.jpg", "Aves/.Trash-0/1.jpg",
+                 "lost+found/1.jpg", "Aves/x.HEIC", "Aves/y.heic", "Aves/README", "beside.jpg"):
+        (data / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / "train" / name).touch()
+    capsys.readouterr()
+    assert ds.list_photos(data / "train") == before
+    assert capsys.readouterr().out == (
+        f"Left out    files in '{data / 'train'}': 2 .heic, 1 in #recycle, 1 in $RECYCLE.BIN, "
+        "2 in @eaDir, 1 in __MACOSX, 1 in lost+found, 1 without an ending\n"
+        "Left out    1 photos beside the class folders, as 'beside.jpg'\n")
+
+
+def test_links_are_followed_but_not_in_circles(data, tmp_path):
+    before, root = ds.list_photos(data / "train"), data / "train"
+    (more := tmp_path / "more").mkdir()
+    (root / "Aves/00.jpg").rename(more / "far.jfif")
+    (root / "Aves/linked").symlink_to(more)
+    (root / "Aves/again").symlink_to(root)
+    (more / "up").symlink_to(more)
+    (root / "Plantae").symlink_to(root / "Fungi")
+    found = ds.list_photos(root)
+    assert found["Aves"] == sorted([*before["Aves"][1:], "Aves/linked/far.jfif"])
+    assert len(found["Plantae"]) == len(found["Fungi"]) == len(before["Fungi"])
+    manifest = ds.split(found, 1.0, 0.2, 0)
+    ds.materialize(manifest, root, Path("out"), "hardlink")
+    copy = next(Path("out").rglob("far.jfif"))
+    assert not copy.is_symlink() and copy.samefile(more / "far.jfif")
+    (root / "Reptilia").symlink_to("nowhere")
+    with pytest.raises(ds.InputError, match=r"Reptilia' can't be read \(a link to nothing\)"):
+        ds.list_photos(root)
 
 
 def test_data_folder_in_either_spelling_and_a_part_that_is_not_read(data, capsys):
@@ -127,7 +163,9 @@ def test_data_folder_in_either_spelling_and_a_part_that_is_not_read(data, capsys
     ({}, ds.ARCHIVE), ({"val/Aves": 9}, "no train/ beside"), ({"Aves": 9, "Test": 9}, "no train/"),
     ({"train/Aves": 9}, "has 1 class folders, and 2"), ({"train": 9}, "has 0 class"),
     ({"train/Aves": 9, "train/Fungi": 0}, os.path.join("train", "Fungi")),
-    ({"train/Aves": 9, "train/Fungi": 2}, "'Fungi' is"), ({"Aves": 9, "Fungi": 2}, "'Fungi' is")])
+    ({"train/Aves": 2, "train/Fungi": 1, "val/Aves": 1, "val/Fungi": 1},
+     "too small: 'Aves' (2 of 2 photos used), 'Fungi' (1 of 1 photos used). Add photos"),
+    ({"Aves": 9, "Fungi": 2}, "too small: 'Fungi'")])
 def test_unusable_data_folders(refused, folders, words):
     for name, count in folders.items():
         Path("mine", name).mkdir(parents=True)
@@ -144,9 +182,10 @@ def test_command_writes_the_manifest(data):
     written = (data.parent / "splits/0.5-0.2-0.json").read_bytes()
     assert written == (json.dumps(manifest, indent=1) + "\n").encode()
     assert done.stdout.splitlines() == [
-        "Class   |  train |    val |   test", "Aves    |      4 |      1 |      4",
-        "Fungi   |      4 |      1 |      4", "Insecta |      4 |      1 |      4",
-        "Total   |     12 |      3 |     12", "", f"Manifest: {Path('splits/0.5-0.2-0.json')}"]
+        "Class   |  train |    val |   test | unused",
+        *(f"{name:7} |      4 |      1 |      4 |      5" for name in ("Aves", "Fungi", "Insecta")),
+        "Total   |     12 |      3 |     12 |     15", "",
+        f"Manifest: {Path('splits/0.5-0.2-0.json')}"]
 
 
 def test_test_part_is_the_same_for_every_fraction_and_seed(data, refused):
@@ -165,14 +204,29 @@ def test_test_part_is_the_same_for_every_fraction_and_seed(data, refused):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--fraction", 0], "outside (0, 1]"), (["--fraction", "nan"], "outside (0, 1]"),
-    (["--fraction", "half"], "invalid number"), (["--val-fraction", 1], "outside (0, 1)"),
+    (["--fraction", 0], "outside [0.001"), (["--fraction", "nan"], "outside [0.001"),
+    (["--fraction", "half"], "invalid number"), (["--val-fraction", 1], "outside [0.001, 0.999]"),
     (["--seed", -1], "outside [0, 4294967295]"), (["--seed", 1.5], "invalid number"),
     (["--mode", "move"], "'move'"), (["--fractoin=1"], "unrecognized arguments: --fractoin=1"),
     (["--out", "file/s.json"], "can't be written"), (["--frac", 0.5], "arguments: --frac 0.5")])
 def test_wrong_options(data, refused, flags, words):
     Path("file").touch()
     assert words in refused("dataset_split.py", "--data", data, *flags)
+
+
+def test_a_manifest_is_not_written_among_the_classes(data, refused, monkeypatch):
+    monkeypatch.chdir(data / "train")
+    assert "would be taken for a class" in refused("dataset_split.py", "--data", ".")
+    assert not Path("splits").exists()
+    Path(data.parent, "file").touch()
+    assert "is a file, no folder" in refused("dataset_split.py", "--data", data.parent / "file")
+
+
+def test_names_that_differ_in_encoding_only_are_called_so(data):
+    (data / "train/Aves").rename(data / "train/V\u00f6gel")
+    (data / "val/Aves").rename(data / "val/Vo\u0308gel")
+    with pytest.raises(ds.InputError, match=r"how accents are encoded \(NFC, NFD\)"):
+        ds.load_split(options(data))
 
 
 def test_a_manifest_is_never_overwritten_by_another(data, refused):
@@ -207,8 +261,8 @@ def test_module_loads_without_torch_and_a_closed_pipe_is_no_error(code, status):
 @pytest.mark.parametrize("spoil, words", [
     (lambda m: m["train"].append("Aves/gone.jpg"), "not there, or twice (1), as 'Aves/gone.jpg'"),
     (lambda m: m["val"].append(m["train"][0]), "not there, or twice (1)"),
-    (lambda m: m["classes"].append("Zebra"), "only it has 'Zebra'"),
-    (lambda m: m["classes"].remove("Fungi"), "only the data has 'Fungi'"),
+    (lambda m: m["classes"].append("Zebra"), "classes: only one has 'Zebra'"),
+    (lambda m: m["classes"].remove("Fungi"), "classes: only one has 'Fungi'"),
     (lambda m: m["val"].clear(), "a part without photos of some class"),
     (lambda m: m.update(test=[], test_fraction=0.2), "has test photos, as the data has"),
     (lambda m: shutil.rmtree("photos/val"), "has no test photos, nor val/")])
@@ -243,7 +297,7 @@ def test_load_split_finds_the_photos_of_a_manifest(data):
     assert args.test_fraction == 0.2 and list(made.files) == [data / "train"]
     assert [len(made.parts[part]) for part in ds.PARTS] == [18, 6, 6]
     shutil.rmtree(data / "val/Fungi")
-    with pytest.raises(ds.InputError, match="only train has 'Fungi'"):
+    with pytest.raises(ds.InputError, match="only one has 'Fungi'"):
         ds.load_split(options(data))
 
 
@@ -278,15 +332,18 @@ def test_folder_of_a_run():
     assert first != second and first.parent == second.parent == Path("runs")
     for name in (".best.pt.123.tmp", "notes.txt.123.tmp"):
         (first / name).touch()
+    with pytest.raises(ds.InputError, match=r"\.running' is of another run"):
+        ds.claim_folder(first, ("last.pt",))
+    (first / ds.CLAIM).unlink()
     assert ds.claim_folder(first, ("last.pt",)) == first
-    assert os.listdir(first) == ["notes.txt.123.tmp"]
+    assert sorted(os.listdir(first)) == [ds.CLAIM, "notes.txt.123.tmp"]
     (first / "last.pt").touch()
-    with pytest.raises(ds.InputError, match="already holds a run"):
+    with pytest.raises(ds.InputError, match=r"last\.pt' is of another run: .* or --resume"):
         ds.claim_folder(first, ("last.pt", "history.csv"))
     assert ds.claim_folder(first, ("last.pt",), resume=True) == first
     Path("runs").rename("gone")
     Path("runs").symlink_to("nowhere")
-    with pytest.raises(ds.InputError, match="'runs' can't be the run's folder"):
+    with pytest.raises(ds.InputError, match=r"--out 'runs.*' can't be the run's folder"):
         ds.claim_folder(None, ())
 
 
@@ -370,9 +427,8 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def serve(data, monkeypatch):
+def serve(data):
     """Serve an archive of the drawn photos, with these settings; gives its address."""
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
 
@@ -391,18 +447,20 @@ def test_download_ends_with_the_whole_data_set(data, serve, have, breaks, ranges
     url = serve(breaks=breaks, ranges=ranges)
     Path("nature_12K.zip.part").write_bytes(Server.content[:have])
     Path(".fetched.unfinished/train").mkdir(parents=True)  # of a command that was killed
+    for _ in breaks:
+        with pytest.raises(ds.InputError, match=r"it broke off.* same command goes on"):
+            ds.download(Path("fetched"), url)
     ds.download(Path("fetched"), url)
     assert tree(Path("fetched")) == tree(data) and sorted(os.listdir()) == ["fetched", "photos"]
     ds.download(Path("Fetched"), url)
     assert Server.asked == (asked or [len(Server.content)]), "what is there is not fetched again"
 
 
-@pytest.mark.parametrize("breaks, ranges", [([1000, *[0] * 99], True), ([1000] * 99, False)])
-def test_transfer_that_fails_again_and_again(serve, breaks, ranges):
-    with pytest.raises(ds.InputError, match=r"broke off before .* same command goes on"):
-        ds.download(Path("fetched"), serve(breaks=breaks, ranges=ranges))
-    assert sorted(os.listdir()) == ["nature_12K.zip.part", "photos"] and len(Server.asked) > 2
-    assert Path("nature_12K.zip.part").read_bytes() == Server.content[:1000], "begun anew"
+def test_transfer_that_breaks_off_keeps_what_came(serve):
+    with pytest.raises(ds.InputError, match=r"it broke off.* same command goes on"):
+        ds.download(Path("fetched"), serve(breaks=[1000]))
+    assert sorted(os.listdir()) == ["nature_12K.zip.part", "photos"]
+    assert Path("nature_12K.zip.part").read_bytes() == Server.content[:1000]
     with pytest.raises(ds.InputError, match=r"refused.* same command goes on"):
         ds.download(Path("fetched"), "http://127.0.0.1:1/x.zip")
 

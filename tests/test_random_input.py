@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_trees_are_split_or_refused(tree, fraction, val_fraction, seed):
         train, val = set(manifest["train"]), set(manifest["val"])
         assert not train & val and all(any(path.startswith(f"{name}/") for path in part)
                                        for name in photos for part in (train, val))
-        assert len(train | val) == sum(max(1, math.floor(len(paths) * ds._exact(fraction)))
+        assert len(train | val) == sum(max(1, math.floor(len(paths) * Fraction(str(fraction))))
                                        for paths in photos.values())
 
 
