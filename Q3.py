@@ -53,7 +53,7 @@ torch.backends.cudnn.deterministic = True  # the same seed, the same run
 torch.backends.cudnn.allow_tf32 = False  # float32 is float32
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # odd metadata
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # such a photo is refused
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # bytes beside the pixels
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # bytes of text or profile
 Image.init()
 FORMATS = [*{"JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "AVIF"} & Image.OPEN.keys()]
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation, what Pillow calls it
@@ -124,7 +124,6 @@ def get_args_parser() -> disk.Parser:
         help="the network sees N x N pixels (default: 224)")
     add("--workers", type=size, default=CORES, metavar="N", help="threads (default: one a core)")
     add("--cache", type=Path, default=Path(".cache"), metavar="DIR", help="for later runs, or none")
-
     group = parser.add_argument_group("network")
     add = group.add_mutually_exclusive_group().add_argument
     add("--weights", default="IMAGENET1K_V2", metavar="SPEC",
@@ -141,7 +140,6 @@ def get_args_parser() -> disk.Parser:
     add("--lr-backbone", type=rate, metavar="LR", help="below fc (default: 1e-4; scratch: 1e-3)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: auto")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
-
     group = parser.add_argument_group("runs and trained networks")
     group.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<date-time>")
     add = group.add_mutually_exclusive_group().add_argument
@@ -244,11 +242,12 @@ def read_photo(file: Path, size: int, border: float | None) -> torch.Tensor | In
                     image = image.transpose(TURNS[orientation])
             if image.mode[0] in "IF":  # more than 8 bits a pixel: convert() would cut them off
                 values = np.asarray(image).astype(float)
+                high = values.max() or 1  # a black photo
                 white = next((white for white in (1, 255, 4095, 65535)  # floats, 8, 12, 16 bits
-                              if white / 16 < values.max() <= white), 0)
+                              if white / 16 < high <= white), 0)
                 if not white or values.min() < 0:
                     raise ValueError("its values have no known scale: convert it to 8 bits")
-                image = Image.fromarray((255 / white * values).astype(np.uint8))
+                image = Image.fromarray((255 / white * values).round().astype(np.uint8))
             if "A" in image.getbands() or "transparency" in image.info:  # lay it on white
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -341,7 +340,8 @@ def load_photos(parts: dict[str, list], files: dict[Path, list[Path]], cache: Pa
     with those left out."""
     loaded, damaged = {}, {}
     for folder, names in files.items():
-        stats = [file.stat(follow_symlinks=file.exists()) for file in names]
+        with disk.disk_errors(f"photos in '{folder}' can't be read"):
+            stats = [file.stat(follow_symlinks=file.exists()) for file in names]
         state = fingerprint(Image.__version__, torch.__version__, CACHE_FORMAT, [
             (str(file.relative_to(folder)), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns,
              stat.st_ino) for file, stat in zip(names, stats)])
@@ -412,11 +412,11 @@ def read_weights(spec: str, scratch: bool = False) -> tuple[str, dict[str, torch
                          f"{', '.join(ResNet50_Weights.__members__)}, none")
     state, architecture = load_tensors(file), "resnet50"
     for wrapper in ("model", "state_dict", "model_state_dict"):  # checkpoints of this and of others
-        if isinstance(state, dict):
-            architecture, state = state.get("architecture", architecture), state.get(wrapper, state)
-    prefixes = r"((module|model|net|network|_orig_mod)\.)*"  # of DataParallel, Lightning, compile
-    return architecture, {re.sub(f"^{prefixes}", "", str(name)): value for name, value in (
-        state.items() if isinstance(state, dict) else ())}
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            architecture, state = state.get("architecture", architecture), state[wrapper]
+    state = state if isinstance(state, dict) else {}
+    prefix = os.path.commonprefix([*map(str, state)])  # noqa: RUF071 - as "module.", up to a dot
+    return architecture, {str(name)[prefix.rfind(".") + 1:]: state[name] for name in state}
 
 
 def build_small_cnn() -> nn.Module:
@@ -852,8 +852,8 @@ def load_tensors(file: Path):
         problem = f"damaged in its part {damaged!r}"
     except Exception as error:  # torch.load raises any kind for other files
         problem = " ".join(re.findall(r"GLOBAL \S+", str(error))) or "no torch file"
-    raise InputError(f"'{file}' can't be used ({problem}): give a file of tensors that torch.save "
-                     "wrote; code in it is not run")
+    raise InputError(f"'{file}' can't be used ({problem}): delete it if it was fetched, or give "
+                     "a file of tensors that torch.save wrote; code in it is not run")
 
 
 def load_checkpoint(file: Path) -> dict:
@@ -955,7 +955,8 @@ def evaluate(args: argparse.Namespace) -> None:
         pairs, files = disk.labelled(folder, chosen, classes), [folder / path for path in paths]
         loaded, _ = load_photos({"test": pairs}, {folder: files}, cache, args.image_size,
                                 checkpoint["preprocessing"]["border"], args.workers)
-        if learnt := loaded["test"].checksums().items() & checkpoint["checksums"].items():
+        print(f"Photos      {len(chosen):,} of {len(paths):,} in '{folder}'")
+        if learnt := {*loaded["test"].checksums().values()} & {*checkpoint["checksums"].values()}:
             print(f"Note        {len(learnt):,} of the photos took part in training: optimistic")
         score(model, loaded["test"], checkpoint, args)
 
@@ -989,7 +990,7 @@ def classify(args: argparse.Namespace) -> None:
                 print_row(photo, *(["error", each] if isinstance(each, InputError) else cells))
                 read += not isinstance(each, InputError)
     if not read:
-        raise InputError("no photo could be read: give others after the checkpoint")
+        raise InputError("no photo could be read: give photos or folders after the checkpoint")
 
 
 @contextmanager
@@ -1030,7 +1031,6 @@ def draw_pictures(out: Path, report: dict, photos: Photos, confidence: torch.Ten
         name if len(name) < 27 else f"{name[:11]}...{name[-12:]}" for name in names)]
                     for names in (report["classes"], photos.paths))
     correct = predicted == photos.labels
-
     counts, side = torch.tensor(report["confusion"]), min(40, 3 + 0.5 * len(names))
     fractions = counts / counts.sum(1, keepdim=True).clamp(min=1)
     with picture(out / "confusion.png", side + 1, side) as figure:

@@ -85,6 +85,9 @@ def list_photos(folder: Path, least: int = 2) -> dict[str, list[str]]:
     """{class: sorted paths, relative to `folder`, with "/"}. Raises InputError: too few classes,
     one without photos, or something that can't be read."""
     files = photos_in(folder)
+    for place in folder.iterdir():
+        if not place.exists():
+            raise InputError(f"'{place}' is a link to nothing: mend it, or move it away")
     photos = {place.name: [] for place in sorted(folder.iterdir()) if _may_hold_photos(place)}
     paths = [file.relative_to(folder).as_posix() for file in files]
     for path in (path for path in paths if "/" in path):
@@ -100,7 +103,7 @@ def list_photos(folder: Path, least: int = 2) -> dict[str, list[str]]:
 
 def photos_in(place: Path) -> list[Path]:
     """The photos below a folder, sorted, or [place]. Links are followed. Prints what is left out.
-    Raises InputError: a folder can't be read, or a link leads nowhere."""
+    Raises InputError: a folder can't be read."""
     def stop(error: OSError):
         raise InputError(f"'{error.filename}' can't be read ({error.strerror}): move it away")
 
@@ -110,15 +113,14 @@ def photos_in(place: Path) -> list[Path]:
         for each in [Path(folder, name) for name in folders]:
             if not _may_hold_photos(each):
                 folders.remove(each.name)
-                if each.name[0] != "." and not each.is_symlink():
-                    others[f"in {each.name}"] += sum(len(files) for *_, files in os.walk(each))
+                if each.name[0] != ".":
+                    inside = () if each.is_symlink() else os.walk(each)
+                    others[f"in {each.name}"] += sum(len(files) for *_, files in inside) or 1
         for file in [Path(folder, name) for name in names if name[0] != "."]:
             if file.name.lower().endswith(PHOTO_ENDINGS):
                 photos.append(file)
-            elif file.exists():
-                others[file.suffix.lower() or "without an ending"] += 1
             else:
-                stop(FileNotFoundError(0, "a link to nothing", str(file)))
+                others[file.suffix.lower() or "without an ending"] += 1
     if others:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(others.items()))
         print(f"Left out    files in '{place}': {kinds}")
@@ -183,7 +185,7 @@ def load_split(args: argparse.Namespace, manifest: dict | None = None, name: str
     fractions to what is used. Opens no photo. Raises InputError."""
     args.data = find_data(args.data)
     root, test_root = folders = part_folders(args.data)
-    for place in sorted(args.data.iterdir()):
+    for place in filter(Path.exists, sorted(args.data.iterdir())):
         if place.name.lower() in PART_NAMES and not any(map(place.samefile, filter(None, folders))):
             print(f"Left out    '{place}' is not read: test photos belong in val/")
     photos = list_photos(root)
@@ -297,16 +299,16 @@ def write_csv(file: Path, rows: list[dict]) -> None:
 
 
 def claim_folder(out: Path | None, results: tuple[str, ...], resume: bool = False) -> Path:
-    """A run's folder, `out` or a new runs/<date-time>, with a file CLAIM that only one run can make
-    and deletes at its end. What a kill left half written is deleted. Unless it is to `resume`,
-    raises InputError if there are results of another run, or its CLAIM."""
+    """A run's folder, `out` or a new runs/<date-time>, with a file CLAIM that one new run can make,
+    and deletes at its end. Raises InputError, unless it is to `resume`: there are results, or a
+    CLAIM. What a kill left half written is deleted."""
     out = out or Path("runs", datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f"))
     with disk_errors(f"--out '{out}' can't be the run's folder"):
         out.mkdir(parents=True, exist_ok=True)
         found = [name for name in (*results, CLAIM) if (out / name).exists()]
         if found and not resume:
-            raise InputError(f"'{out / found[0]}' is of another run: name another folder with "
-                             f"--out, or --resume '{out}', or delete it")
+            hint = f"--resume '{out}'" if "last.pt" in found else "delete it if no run is going on"
+            raise InputError(f"'{out / found[0]}' is of another run: name another --out, or {hint}")
         (out / CLAIM).touch(exist_ok=resume)
         for left in out.glob(".*.[0-9]*.tmp"):
             left.unlink()
@@ -373,7 +375,6 @@ def draw_picture(name: str, seed, width: int = 80, height: int = 64):
     """A PIL image of one of PATTERNS or FORMULAS, in random colours, place, size and direction."""
     import numpy as np  # here, because the rest of the module does without
     from PIL import Image
-
     random = np.random.default_rng(seed)
     across, down = np.meshgrid(np.arange(width) - width * random.uniform(0.4, 0.6),
                                np.arange(height) - height * random.uniform(0.4, 0.6))
@@ -462,7 +463,6 @@ def number(kind: type, low: float, high: float):
         if not low <= (value := kind(text)) <= high:
             raise argparse.ArgumentTypeError(f"{text} is outside [{low}, {high}]")
         return value
-
     return number
 
 
@@ -522,8 +522,8 @@ def main(argv: list[str] | None = None) -> None:
     _print_table(made)
     print(f"\nManifest: {out}")
     if args.materialize:
-        source, _ = part_folders(args.data)
-        materialize(made.manifest, source, args.materialize, args.mode or "symlink")
+        materialize(made.manifest, next(iter(made.files)), args.materialize, args.mode or "symlink")
+        print(f"Folders: {args.materialize} (Q3.py would test on val/ there: give it --split)")
 
 
 @contextmanager

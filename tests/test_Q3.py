@@ -431,6 +431,11 @@ def test_values_of_more_than_8_bits_are_scaled(dtype, white, names):
         assert np.allclose(colours_of(name), [(64,) * 3, (191,) * 3], atol=1)
 
 
+def test_a_black_photo_of_16_bits_is_black():
+    Image.fromarray(np.zeros((60, 80), np.uint16)).save("x.png")
+    assert not np.any(colours_of("x.png"))
+
+
 @pytest.mark.parametrize("dtype, low, high", [
     (np.int32, -400, 3000), (np.int32, 0, 10**6), (np.float32, 0, 1.2), (np.float32, 0, np.nan)])
 def test_values_of_no_known_scale_are_refused_by_name(dtype, low, high):

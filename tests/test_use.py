@@ -113,7 +113,7 @@ def test_weights_by_name_are_fetched_once_and_then_read_like_a_file(small_networ
 
 @pytest.mark.parametrize("wrap", [
     lambda state: {f"module.{name}": value for name, value in state.items()},
-    lambda state: {"epoch": 3, "state_dict": {f"model.{k}": v for k, v in state.items()}},
+    lambda state: {"model": "resnet50", "state_dict": {f"net.{k}": state[k] for k in state}},
     lambda state: {"model": {f"_orig_mod.module.{k}": v for k, v in state.items()}},
     lambda state: {"model_state_dict": state, "optimizer": {"state": {}}}])
 def test_weights_that_other_tools_wrapped(small_network, wrap):
@@ -439,7 +439,9 @@ def test_evaluate_gives_what_training_gave_to_the_digit(flags, small_network, sh
 def test_evaluate_on_other_photos(trained, shared_data, data, refused, capsys):
     best, other = trained / "best.pt", ("--data", data, "--out", "other")
     assert call("Q3.py", "--evaluate", best, "--data", shared_data / "train", "--out", "own") == 0
-    assert "Note        30 of the photos took part in training" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"Photos      30 of 30 in '{shared_data / 'train'}'" in said
+    assert "Note        30 of the photos took part in training" in said
     shutil.rmtree(data / "val/Fungi")
     assert call("Q3.py", "--evaluate", best, "--data", data, "--out", "some") == 0
     assert "took part" not in capsys.readouterr().out
