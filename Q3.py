@@ -493,13 +493,13 @@ def cache_maps(model: FineTuned, parts: list[Photos]) -> str:
     on_gpu = model.device.type == "cuda"
     no_room = disk_full or (on_gpu and size > torch.cuda.mem_get_info()[0] / 4)
     if summed(torch.tensor(int(no_room))):  # in any process
-        return f"frozen layers run in each step: no room for {size / 1e9:.1f} GB of feature maps"
+        return f"it runs in each step: no room for {size / 1e9:.1f} GB of feature maps"
     maps.fill(rows, "Trunk maps", 32,
               lambda some: model.maps(send(pixels[some], model.device)).cpu())
     for part in parts:
         part.maps = maps if not on_gpu else torch.cat(
             [send(maps[some], model.device) for some in part.rows.split(256)])
-    return f"the frozen layers saw each photo once: {size / 1e9:.2f} GB of feature maps"
+    return f"each photo passed it once: {size / 1e9:.2f} GB of feature maps"
 
 
 def crop(maps: torch.Tensor, offsets: torch.Tensor, width: float) -> torch.Tensor:
