@@ -123,14 +123,14 @@ def get_args_parser() -> disk.Parser:
     add("--image-size", type=disk.number(int, 64, 4096), default=224, metavar="N",
         help="the network sees N x N pixels (default: 224)")
     add("--workers", type=size, default=CORES, metavar="N", help="threads (default: one a core)")
-    add("--cache", type=Path, default=Path(".cache"), metavar="DIR", help="for later runs, or none")
+    add("--cache", type=Path, default=Path(".cache"), metavar="DIR", help="pixels, maps; or none")
     group = parser.add_argument_group("network")
     add = group.add_mutually_exclusive_group().add_argument
     add("--weights", default="IMAGENET1K_V2", metavar="SPEC",
         help="IMAGENET1K_V2 (default) or _V1, a ResNet50 state dict, a best.pt, or none")
     add("--from-scratch", action="store_true", help="train a small CNN from random weights instead")
-    group.add_argument("--freeze", type=disk.number(int, 0, 9), metavar="N", help="""freeze
-        the first N of conv1, bn1, relu, maxpool, layer1-4 or block1-5, avgpool (default: 6)""")
+    group.add_argument("--freeze", type=disk.number(int, 0, 9), metavar="N", help="""freeze the
+        first N of conv1, bn1, relu, maxpool, layer1-4, avgpool (default: 6) or block1-5 (4)""")
 
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, help="default: tuned; random weights: scratch")
@@ -853,7 +853,7 @@ def load_tensors(file: Path):
     except Exception as error:  # torch.load raises any kind for other files
         problem = " ".join(re.findall(r"GLOBAL \S+", str(error))) or "no torch file"
     raise InputError(f"'{file}' can't be used ({problem}): delete it if it was fetched, or give "
-                     "a file of tensors that torch.save wrote; code in it is not run")
+                     "a file of tensors that torch.save wrote, no TorchScript, safetensors or code")
 
 
 def load_checkpoint(file: Path) -> dict:
