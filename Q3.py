@@ -237,9 +237,9 @@ def read_photo(file: Path, size: int, border: float | None) -> torch.Tensor | In
     try:
         with Image.open(file, formats=FORMATS) as image:
             image.load()
-            with suppress(SyntaxError, ValueError, struct.error):  # damaged EXIF data
-                if (orientation := image.getexif().get(0x0112)) in TURNS:
-                    image = image.transpose(TURNS[orientation])
+            with suppress(SyntaxError, ValueError, struct.error):  # damaged; Pillow turns TIFFs
+                if image.format != "TIFF" and (tag := image.getexif().get(0x0112)) in TURNS:
+                    image = image.transpose(TURNS[tag])
             if image.mode[0] in "IF":  # more than 8 bits a pixel: convert() would cut them off
                 values = np.asarray(image).astype(float)
                 high = values.max() or 1  # a black photo
