@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Fine-tune an ImageNet ResNet50 on the ten classes of iNaturalist-12K: python Q3.py
+"""Fine-tune an ImageNet ResNet50 on the ten classes of iNaturalist-12K, or on your own photos.
+
+    python Q3.py --demo                            see transfer learning work, offline
+    python Q3.py --data my_photos --fraction 1.0   train on folders of classes, and test
+    python Q3.py --resume runs/NAME                go on after an interruption
 
 Each photo is decoded once and passes the frozen first layers, the trunk, once. What is trained,
 batch after batch, are the layers after it, on crops of the trunk's feature maps:
-
     photos -> pixels (uint8) -> frozen trunk -> feature maps -> crops -> layer3, layer4, fc -> loss
-
-The lesson is the middle of this file, from "The network" to "The job". What stands before and
-after serves it. dataset_split.py says which photos there are, and which part each is in.
 """
 
 import argparse

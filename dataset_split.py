@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Stratified subsets of a folder of labelled photos, the same on every machine.
 
-    python dataset_split.py --fraction 0.25
+    python dataset_split.py --fraction 0.25                       write a manifest, a JSON file
+    python dataset_split.py --data my_photos --out mine.json      for Q3.py --split mine.json
+    python dataset_split.py --materialize DIR --mode copy         folders for other tools
 
-writes a manifest: a JSON file that names the training and validation photos. Q3.py makes the same
-split. The photos of a class are ordered by a hash of (seed, path). The first of them are used, as
-many as --fraction says, and evenly spaced ones of these are validation. So a smaller subset is in
-a larger one, and no photo moves between training and validation. Without a val/ folder of test
-photos, a test part is set aside first, by a hash of the path alone.
+The photos of a class are ordered by a hash of (seed, path). The first --fraction of them is used,
+evenly spaced ones of these are validation: no photo moves between the two when the fraction grows.
+Without val/ a test part is set aside first. Q3.py makes the same split.
 """
 
 import argparse
