@@ -131,7 +131,6 @@ def get_args_parser() -> disk.Parser:
     add("--from-scratch", action="store_true", help="train a small CNN from random weights instead")
     group.add_argument("--freeze", type=disk.number(int, 0, 9), metavar="N", help="""freeze the
         first N of conv1, bn1, relu, maxpool, layer1-4, avgpool (default: 6) or block1-5 (4)""")
-
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, help="default: tuned; random weights: scratch")
     add("--epochs", type=size, metavar="N", help="default: 5; scratch: 40")
@@ -160,7 +159,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         if option in typed and (others := sorted(typed.keys() - allowed - {option})):
             parser.error(f"--{others[0].replace('_', '-')} can't be given with --{option}, which "
                          "settles it: leave it out, or start a new run (from its --weights)")
-
     args = argparse.Namespace(**defaults | typed, typed=typed)
     args.weights = "none" if args.from_scratch else args.weights
     args.recipe = args.recipe or ("scratch" if args.weights == "none" else "tuned")
@@ -671,11 +669,10 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
         if args.freeze is None:
             args.freeze = 0 if state is None else 4 if args.architecture == "small_cnn" else 6
     model = FineTuned(network, args.freeze, device, precision, recipe.hold_batchnorm)
-    learner = model
-    if WORLD_SIZE > 1:
-        if not recipe.hold_batchnorm:
-            raise InputError("this recipe learns BatchNorm's statistics: use one process")
-        learner = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    if WORLD_SIZE > 1 and not recipe.hold_batchnorm:
+        raise InputError("this recipe learns BatchNorm's statistics: use one process")
+    learner = model if WORLD_SIZE == 1 else nn.parallel.DistributedDataParallel(
+        model, broadcast_buffers=False)
 
     with run_folder(args) as (run, cache):
         print_banner(args, split, model)
@@ -741,10 +738,11 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
                 if best_epoch(history) == epoch:
                     save_checkpoint(run / "best.pt", checkpoint)
                 write_csv(run / "history.csv", history)
-                write_json(run / "split.json", split.manifest)
-                write_json(run / "config.json", facts | {  # for people
-                    "split": "split.json", "checksums": "last.pt", "device": str(device),
-                    "precision": str(precision)})
+                if epoch == first:
+                    write_json(run / "split.json", split.manifest)
+                    write_json(run / "config.json", facts | {  # for people
+                        "split": "split.json", "checksums": "last.pt", "device": str(device),
+                        "precision": str(precision)})
                 save_checkpoint(run / "last.pt", checkpoint | {  # last, as it counts on the others
                     "history": history, "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict()})
@@ -752,6 +750,8 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
 
         # The test: once, of the best epoch
         best = from_rank_0(load_checkpoint, run / "best.pt")
+        if best["epoch"] != best_epoch(history):
+            raise InputError(f"'{run / 'best.pt'}' is not of the best epoch: start another run")
         network.load_state_dict(best["model"])
         return model, history, score(model, test, best, args, history)
 
@@ -979,16 +979,16 @@ def classify(args: argparse.Namespace) -> None:
         for start in range(0, len(photos), args.batch_size):
             group = photos[start:start + args.batch_size]
             found = [*pool.map(partial(read_photo, size=args.image_size, border=border), group)]
-            blank = torch.zeros(args.image_size, args.image_size, 3, dtype=torch.uint8)
-            pixels = torch.stack([blank if isinstance(each, InputError) else each
-                                  for each in found])
-            logits = model(model.maps(send(pixels, model.device)).permute(0, 3, 1, 2)).cpu()
-            top = (logits / checkpoint["temperature"]).softmax(1).topk(min(3, len(classes)))
-            for photo, each, shares, labels in zip(group, found, *map(torch.Tensor.tolist, top)):
-                cells = [cell for label, share in zip(labels, shares)
-                         for cell in (classes[label], f"{share:.4f}")]
-                print_row(photo, *(["error", each] if isinstance(each, InputError) else cells))
-                read += not isinstance(each, InputError)
+            whole = [pixels for pixels in found if isinstance(pixels, torch.Tensor)]
+            read += len(whole)
+            if whole:
+                maps = model.maps(send(torch.stack(whole), model.device))
+                logits = model(maps.permute(0, 3, 1, 2)).cpu() / checkpoint["temperature"]
+                top = iter(zip(*logits.softmax(1).topk(min(3, len(classes)))))
+            for photo, pixels in zip(group, found):
+                print_row(photo, *(["error", pixels] if isinstance(pixels, InputError) else [
+                    cell for share, label in zip(*next(top))
+                    for cell in (classes[label], f"{share:.4f}")]))
     if not read:
         raise InputError("no photo could be read: give photos or folders after the checkpoint")
 

@@ -292,6 +292,17 @@ def test_run_that_cannot_be_resumed(quick_run, data, refused, monkeypatch, spoil
     assert words in line and not Path("executed").exists()
 
 
+def test_best_pt_of_another_epoch_is_not_tested(quick_run, shared_data, refused, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, Q3, "score", 1)
+        with suppress(AssertionError):
+            quick_run("out")
+    changed(Path("out/best.pt"), epoch=9)
+    assert "best.pt' is not of the best epoch" in refused(
+        "Q3.py", "--resume", "out", "--data", shared_data)
+    assert not Path("out/test.json").exists()
+
+
 @pytest.mark.parametrize("name", ["last.pt", "test.json"])
 def test_out_that_holds_a_run_or_can_be_no_folder(small_network, shared_data, refused, name):
     Path("out").mkdir()
