@@ -29,13 +29,14 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
 try:
     import numpy as np
     import torch
+    from filelock import FileLock
     from PIL import Image, ImageOps, PngImagePlugin
     from torch import distributed, nn
     from torch.fx.experimental.optimization import fuse
@@ -63,12 +64,11 @@ PENALTY = 0.03  # on the squared weights of the logistic regression that fc star
 SOFTER = 0.3  # times fc before epoch 1: an overconfident fc passes hardly any gradient down
 WARMUP = 0.1  # part of the steps in which the learning rates rise
 BINS = 15  # of confidence, in the calibration error and its picture
-CACHE_FORMAT = 5  # to be raised when read_photo or FineTuned.maps give something else
+CACHE_FORMAT = 6  # to be raised when read_photo or FineTuned.maps give something else
 CHECKPOINT_FORMAT = 6  # likewise, when a checkpoint holds something else, or another optimiser
 ROW = "{epoch:5} | {train_loss:10.4f} | {train_acc:9.4f} | {val_loss:8.4f} | {val_acc:7.4f} | "\
     "{calibrated_loss:10.4f}"
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE = (  # what torchrun tells each of its processes
     int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
     for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
@@ -122,7 +122,7 @@ def get_args_parser() -> disk.Parser:
     add("--split", type=Path, metavar="FILE", help="a manifest, instead of the fractions")
     add("--image-size", type=disk.number(int, 64, 4096), default=224, metavar="N",
         help="the network sees N x N pixels (default: 224)")
-    add("--workers", type=size, default=CORES, metavar="N", help="threads (default: one a core)")
+    add("--workers", type=size, default=count_cores(), metavar="N", help="threads (one a core)")
     add("--cache", type=Path, default=Path(".cache"), metavar="DIR", help="pixels, maps; or none")
     group = parser.add_argument_group("network")
     add = group.add_mutually_exclusive_group().add_argument
@@ -152,6 +152,11 @@ def get_args_parser() -> disk.Parser:
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, checked; `typed` holds those that were given, as they replace a checkpoint's."""
     parser = get_args_parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--" in argv:  # photos follow whose names may begin with a dash
+        argv[argv.index("--"):] = [f"./{name}" for name in argv[argv.index("--") + 1:]]
+    if any(re.match("--local.rank", word) for word in argv):
+        parser.error("--local-rank is the old launcher's: start torchrun --nproc-per-node=N Q3.py")
     defaults = vars(parser.parse_args([]))
     typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
     typed = {name: value for name, value in typed.items() if value is not None}
@@ -172,6 +177,15 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # -- The machine, and the processes that torchrun starts -------------------------------------------
+def count_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """How many cores this process may use: those of its affinity, or a container's quota."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no such file, or no limit: "max 100000"
+        time_used, period = map(int, quota.read_text().split())
+        cores = min(cores, math.ceil(time_used / period))
+    return cores
+
+
 def summed(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of this tensor over all processes. They wait for each other here."""
     if WORLD_SIZE > 1:
@@ -238,14 +252,8 @@ def read_photo(file: Path, size: int, border: float | None) -> torch.Tensor | In
             with suppress(SyntaxError, ValueError, struct.error):  # damaged; Pillow turns TIFFs
                 if image.format != "TIFF" and (tag := image.getexif().get(0x0112)) in TURNS:
                     image = image.transpose(TURNS[tag])
-            if image.mode[0] in "IF":  # more than 8 bits a pixel: convert() would cut them off
-                values = np.asarray(image).astype(float)
-                high = values.max() or 1  # a black photo
-                white = next((white for white in (1, 255, 4095, 65535)  # floats, 8, 12, 16 bits
-                              if white / 16 < high <= white), 0)
-                if not white or values.min() < 0:
-                    raise ValueError("its values have no known scale: convert it to 8 bits")
-                image = Image.fromarray((255 / white * values).round().astype(np.uint8))
+            if image.mode[0] in "IF":  # "I;16" can be 12 bits; floats end at 1 or at 65535
+                raise ValueError("what its values mean is not known: convert it to 8 bits")
             if "A" in image.getbands() or "transparency" in image.info:  # lay it on white
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -258,62 +266,61 @@ def read_photo(file: Path, size: int, border: float | None) -> torch.Tensor | In
         return InputError(f"photo '{file}' can't be read ({error or type(error)})")
 
 
+def fingerprint(*facts) -> str:
+    """A short name for these facts, which changes when one of them does."""
+    return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def identity(file: Path) -> str:
+    """A name for this photo, which changes when the file moves or is changed."""
+    with disk.disk_errors(f"photo '{file}' can't be read"):
+        stat = file.stat(follow_symlinks=file.exists())
+    return fingerprint(os.path.abspath(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns,
+                       stat.st_ino)
+
+
 class Cache:
-    """A file of tensors of one shape, one a row, which are written once and read by many runs. The
-    last byte of a row is set after the others: a killed run leaves only whole rows. `key` is
-    <photos>-<state>: opening a cache deletes the files of the same photos in other states."""
+    """Tensors of one shape, each in a file of its own, which are written once and read by many
+    runs. `names` are those of the files: here they are the identities of photos."""
 
-    def __init__(self, folder: Path, key: str, name: str, rows: int, shape: tuple[int, ...],
-                 dtype: torch.dtype):
-        self.folder, self.key, self.name, self.shape, self.dtype = folder, key, name, shape, dtype
-        self.row_bytes = math.prod(shape) * dtype.itemsize
-        self.file_shape = rows, self.row_bytes + 1
-        with disk.disk_errors(f"--cache '{folder}' can't be used"):
+    def __init__(self, folder: Path, names: list[str], shape: tuple[int, ...], dtype: torch.dtype):
+        self.folder, self.names, self.shape, self.dtype = folder, names, shape, dtype
+        self.nbytes = math.prod(shape) * dtype.itemsize  # of a tensor
+        with disk.disk_errors(f"--cache '{folder.parent}' can't be used"):
             folder.mkdir(parents=True, exist_ok=True)
-            for old in folder.glob(f"{key.split('-')[0]}-*"):
-                if not old.name.startswith(key):
-                    with suppress(OSError):  # Windows: another run has it open
-                        old.unlink()
-            (folder / f"{key}-{name}").touch()
-            self.file = open(folder / f"{key}-{name}", "r+b")  # noqa: SIM115 - while it is used
-            self.file.truncate(math.prod(self.file_shape))  # unwritten rows take no room
 
-    def missing(self, rows: torch.Tensor) -> torch.Tensor:
-        """Those of the rows, int64, that are still to be written."""
-        data = np.memmap(self.file, np.uint8, "r", shape=self.file_shape)
-        return rows[torch.from_numpy(data[rows.numpy(), -1] == 0)]
+    def missing(self, rank: int = 0, count: int = 1) -> torch.Tensor:
+        """Which files are to be written, by position, int64; of `count` shares number `rank`."""
+        there = {file.name for file in os.scandir(self.folder)  # others are being written
+                 if file.name[0] != "." and file.stat().st_size == self.nbytes}
+        return torch.tensor([position for position, name in enumerate(self.names)
+                             if name not in there and position % count == rank], dtype=torch.int64)
 
-    def fill(self, rows: torch.Tensor, title: str, size: int, compute) -> dict[int, InputError]:
-        """Write the missing rows, `size` at a time: compute(rows) gives a tensor for each, or an
-        error; the errors are returned. Each process computes a share, then what others left."""
-        for share in (rows[LOCAL_RANK::LOCAL_WORLD_SIZE], rows)[:WORLD_SIZE]:  # alone: one pass
-            missing, errors, start = self.missing(share), {}, time.perf_counter()
+    def fill(self, title: str, size: int, compute) -> dict[int, InputError]:
+        """Write what is missing, `size` at a time: compute(positions) gives a tensor for each, or
+        an error; the errors are returned. Each process computes a share, then what others left."""
+        for share in ((LOCAL_RANK, LOCAL_WORLD_SIZE), (0, 1))[:WORLD_SIZE]:  # alone: one pass
+            missing, errors, start = self.missing(*share), {}, time.perf_counter()
             groups = missing.split(size) if len(missing) else ()
             for some in tqdm(groups, title, unit="group", leave=False, disable=QUIET):
-                for row, value in zip(some.tolist(), compute(some)):
+                for position, value in zip(some.tolist(), compute(some)):
                     if isinstance(value, InputError):
-                        errors[row] = value
-                        continue
-                    with disk.disk_errors(f"--cache '{self.folder}' can't be used"):
-                        self.file.seek(row * self.file_shape[1])
+                        errors[position] = value
+                    else:
                         data = value.contiguous().view(torch.uint8).numpy()
-                        self.file.write(data.reshape(self.row_bytes))
-                        self.file.write(b"\1")
-                        self.file.flush()
+                        write_whole(self.folder / self.names[position], data, sync=False)
             if len(missing):
                 print(f"{title:11} {len(missing):,} photos in {time.perf_counter() - start:.1f} s")
             summed(torch.zeros(1))  # wait for the others
         return errors
 
-    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
-        """A copy of these rows, int64: (len(rows), *shape)."""
-        data = np.memmap(self.file, np.uint8, "r", shape=self.file_shape)[rows.numpy(), :-1]
-        return torch.from_numpy(data.ravel()).view(self.dtype).view(len(rows), *self.shape)
-
-
-def fingerprint(*facts) -> str:
-    """A short name for these facts, which changes when one of them does."""
-    return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    def __getitem__(self, positions: torch.Tensor) -> torch.Tensor:
+        """The tensors at these positions, int64: (len(positions), *shape)."""
+        with disk.disk_errors(f"--cache '{self.folder.parent}' can't be used"):
+            data = [np.fromfile(self.folder / self.names[position], np.uint8)
+                    for position in positions.tolist()]
+        data = torch.from_numpy(np.array(data, np.uint8).reshape(-1, self.nbytes))
+        return data.view(self.dtype).view(-1, *self.shape)
 
 
 @dataclass
@@ -321,47 +328,39 @@ class Photos:
     """The photos of one part: training, validation or test."""
     paths: list[str]  # relative to the folder, with "/"
     labels: torch.Tensor  # int64 (photos,)
-    pixels: Cache  # uint8 (size, size, 3), of all photos of the folder
-    rows: torch.Tensor  # int64 (photos,): where in the cache these photos are
-    maps: Cache | torch.Tensor | None = None  # feature maps: the folder's; on a GPU this part's
+    pixels: Cache  # uint8 (size, size, 3)
+    maps: Cache | torch.Tensor | None = None  # feature maps; a tensor on a GPU
 
     def checksums(self) -> dict[str, int]:
         """CRC-32 of the pixels of each photo, by path."""
-        return {path: zlib.crc32(self.pixels[row[None]].numpy())
-                for path, row in zip(self.paths, self.rows)}
+        return {path: zlib.crc32(self.pixels[torch.tensor([row])].numpy())
+                for row, path in enumerate(self.paths)}
 
 
-def load_photos(parts: dict[str, list], files: dict[Path, list[Path]], cache: Path, size: int,
+def load_photos(parts: dict[str, list], folders: dict[str, Path], cache: Path, size: int,
                 border: float | None, workers: int) -> tuple[dict[str, Photos], dict[Path, str]]:
-    """Decode the photos of all parts, (file, label) pairs, unless the cache has them. `files` lists
-    all photos of a folder, one a row of its cache. Returns the photos by part, and what is wrong
-    with those left out."""
+    """Decode the photos of all parts, (file, label) pairs, which lie in these folders, unless the
+    cache has them. Returns the photos by part, and what is wrong with those left out."""
+    place = cache / f"pixels-{fingerprint(size, border, Image.__version__, CACHE_FORMAT)}"
     loaded, damaged = {}, {}
-    for folder, names in files.items():
-        with disk.disk_errors(f"photos in '{folder}' can't be read"):
-            stats = [file.stat(follow_symlinks=file.exists()) for file in names]
-        state = fingerprint(Image.__version__, torch.__version__, CACHE_FORMAT, [
-            (str(file.relative_to(folder)), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns,
-             stat.st_ino) for file, stat in zip(names, stats)])
-        pixels = Cache(cache, f"{fingerprint(folder.resolve())}-{state}",
-                       f"pixels-{fingerprint(size, border)}", len(names), (size, size, 3),
-                       torch.uint8)
-        row_of = {file: row for row, file in enumerate(names)}
-        here = {part: pairs for part, pairs in parts.items() if pairs[0][0] in row_of}
-        rows = torch.tensor([row_of[file] for pairs in here.values() for file, _ in pairs])
+    for part, pairs in parts.items():
+        files = [file for file, _ in pairs]
+        pixels = Cache(place, [*map(identity, files)], (size, size, 3), torch.uint8)
         with ThreadPoolExecutor(workers) as pool:
-            errors = pixels.fill(rows, "Decoding", 8 * workers, lambda some, names=names: pool.map(
-                partial(read_photo, size=size, border=border), [names[row] for row in some]))
-        damaged |= {names[row]: str(error) for row, error in errors.items()}
-        for part, pairs in here.items():
-            whole = [(file, label) for file, label in pairs if file not in damaged]
-            lost = {label for _, label in pairs} - {label for _, label in whole}
-            if bad := [damaged[file] for file, label in pairs
-                       if file in damaged and (part == "test" or label in lost)]:
-                raise InputError(f"replace {len(bad)} damaged photos, {part}: {'; '.join(bad[:3])}")
-            paths = [file.relative_to(folder).as_posix() for file, _ in whole]
-            labels, rows = torch.tensor([(label, row_of[file]) for file, label in whole]).unbind(1)
-            loaded[part] = Photos(paths, labels, pixels, rows)
+            errors = pixels.fill("Decoding", 8 * workers, lambda some, files=files: pool.map(
+                partial(read_photo, size=size, border=border), [files[index] for index in some]))
+        whole = [index for index in range(len(files)) if index not in errors]
+        lost = {label for _, label in pairs} - {pairs[index][1] for index in whole}
+        if bad := [str(error) for index, error in errors.items()
+                   if part == "test" or pairs[index][1] in lost]:
+            raise InputError(f"replace {len(bad)} damaged photos, {part}: {'; '.join(bad[:3])}")
+        damaged |= {files[index]: str(error) for index, error in errors.items()}
+        pixels.names = [pixels.names[index] for index in whole]
+        paths = [files[index].relative_to(folders[part]).as_posix() for index in whole]
+        loaded[part] = Photos(paths, torch.tensor([pairs[index][1] for index in whole]), pixels)
+        if plain := [path for row, path in enumerate(paths)
+                     if (image := pixels[torch.tensor([row])]).eq(image[:, :1, :1]).all()]:
+            print(f"ONE COLOUR  {len(plain):,} photos of {part}, as '{plain[0]}': look at them")
     return loaded, damaged
 
 
@@ -405,6 +404,8 @@ def read_weights(spec: str, scratch: bool = False) -> tuple[str, dict[str, torch
         except (OSError, RuntimeError) as error:  # network or disk; a wrong hash
             raise InputError(f"--weights {spec} can't be had ({error}): try again, or download "
                              f"{url} and give --weights PATH, or try --demo") from None
+        if hashlib.sha256(file.read_bytes()).hexdigest()[:8] != file.stem[-8:]:
+            raise InputError(f"'{file}' is not what {url} is: delete it, and it is fetched again")
     elif not file.is_file():
         raise InputError(f"--weights '{spec}' is no file, nor one of "
                          f"{', '.join(ResNet50_Weights.__members__)}, none")
@@ -480,23 +481,23 @@ def cache_maps(model: FineTuned, parts: list[Photos]) -> str:
     GPU's free memory hold them; else each step computes them again. Says what became of it."""
     weights = [zlib.crc32(value.float().cpu().numpy().tobytes())
                for value in model.trunk.state_dict().values()]
-    pixels, rows = parts[0].pixels, torch.cat([part.rows for part in parts])
-    example = model.maps(send(pixels[rows[:1]], model.device))[0]
-    name = fingerprint(pixels.name, weights, len(model.backbone), example.shape, example.dtype,
-                       model.device.type)
-    maps = Cache(pixels.folder, pixels.key, f"maps-{name}", pixels.file_shape[0], example.shape,
-                 example.dtype)
-    size = len(rows) * example.nbytes
-    disk_full = len(maps.missing(rows)) * example.nbytes > shutil.disk_usage(maps.folder).free / 2
-    on_gpu = model.device.type == "cuda"
-    no_room = disk_full or (on_gpu and size > torch.cuda.mem_get_info()[0] / 4)
+    pixels, device = parts[0].pixels, model.device
+    example = model.maps(send(pixels[torch.tensor([0])], device))[0]
+    name = fingerprint(pixels.folder.name, weights, len(model.backbone), example.shape,
+                       example.dtype, device.type, torch.__version__)
+    caches = [Cache(pixels.folder.with_name(f"maps-{name}"), part.pixels.names, example.shape,
+                    example.dtype) for part in parts]
+    size = example.nbytes * sum(len(part.labels) for part in parts)
+    to_write = example.nbytes * sum(len(maps.missing()) for maps in caches)
+    no_room = to_write > shutil.disk_usage(pixels.folder).free / 2 or (
+        device.type == "cuda" and size > torch.cuda.mem_get_info()[0] / 4)
     if summed(torch.tensor(int(no_room))):  # in any process
         return f"it runs in each step: no room for {size / 1e9:.1f} GB of feature maps"
-    maps.fill(rows, "Trunk maps", 32,
-              lambda some: model.maps(send(pixels[some], model.device)).cpu())
-    for part in parts:
-        part.maps = maps if not on_gpu else torch.cat(
-            [send(maps[some], model.device) for some in part.rows.split(256)])
+    for part, maps in zip(parts, caches):
+        maps.fill("Trunk maps", 32, lambda some, pixels=part.pixels: model.maps(send(
+            pixels[some.repeat(32)[:32]], device)).cpu())  # always 32, as rounding depends on it
+        part.maps = maps if device.type != "cuda" else torch.cat(
+            [send(maps[some], device) for some in torch.arange(len(part.labels)).split(256)])
     return f"each photo passed it once: {size / 1e9:.2f} GB of feature maps"
 
 
@@ -522,21 +523,19 @@ def batches(model: FineTuned, photos: Photos, batch_size: int, title: str,
     """Go through the photos once, in `order` (positions, int64), cropped to `width`. Yields this
     process's share of a step, on the device: maps (batch, channels, side, side), labels (batch,);
     and the size of the whole step."""
-    positions = torch.arange(len(photos.rows))
+    positions = torch.arange(len(photos.labels))
     order = positions if order is None else order
     steps = positions.tensor_split(math.ceil(len(order) / batch_size))  # 65: 33 + 32, not 64 + 1
     for step in tqdm(steps, title, unit="step", leave=False, disable=QUIET):
-        mine = step[RANK::WORLD_SIZE]
-        rows = photos.rows[order[mine]]
+        share = step[RANK::WORLD_SIZE]
+        mine = order[share]
         if photos.maps is None:  # there was no room for them
-            maps = model.maps(send(photos.pixels[rows], model.device))
-        elif isinstance(photos.maps, Cache):
-            maps = send(photos.maps[rows], model.device)
+            maps = model.maps(send(photos.pixels[mine], model.device))
         else:
-            maps = photos.maps[send(order[mine], model.device)]
-        maps = maps if width == 1 else crop(maps, offsets[mine], width)
+            maps = send(photos.maps[mine], model.device)
+        maps = maps if width == 1 else crop(maps, offsets[share], width)
         maps = maps.permute(0, 3, 1, 2).contiguous(memory_format=model.layout)
-        yield maps, send(photos.labels[order[mine]], model.device), len(step)
+        yield maps, send(photos.labels[mine], model.device), len(step)
 
 
 # -- Optimiser and epochs: a fast head, a slow backbone --------------------------------------------
@@ -645,9 +644,7 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
     resumed = {}
     if args.resume:
         args.resume = args.resume.parent if args.resume.is_file() else args.resume
-        resumed = from_rank_0(load_checkpoint, args.resume / "last.pt")
-        if "optimizer" not in resumed:
-            raise InputError(f"'{args.resume / 'last.pt'}' can't be resumed: it is a best.pt")
+        resumed = from_rank_0(load_checkpoint, args.resume / "last.pt", "optimizer")
         vars(args).update(resumed["options"] | args.typed | {"resume": args.resume})
     recipe = RECIPES[args.recipe]
 
@@ -676,7 +673,7 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
 
     with run_folder(args) as (run, cache):
         print_banner(args, split, model)
-        photos, damaged = load_photos(split.parts, split.files, cache, args.image_size,
+        photos, damaged = load_photos(split.parts, split.folders, cache, args.image_size,
                                       recipe.border, args.workers)
         train, val, test = photos["train"], photos["val"], photos["test"]
         if RANK == 0:
@@ -689,7 +686,7 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
         # The optimiser; a resumed run goes on where it was
         optimizer = build_optimizer(model, args.lr_head, args.lr_backbone)
         scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-        facts = describe_run(args, split.manifest, train.checksums() | val.checksums())
+        facts = describe_run(args, model, split.manifest, train.checksums() | val.checksums())
         history = resumed.get("history", [])
         if resumed:
             if differ := dict(resumed["checksums"].items() ^ facts["checksums"].items()):
@@ -706,7 +703,7 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
         print("\nEpoch | Train Loss | Train Acc | Val Loss | Val Acc | Calibrated", *(
             ROW.format(**row) for row in history), sep="\n")
         first = history[-1]["epoch"] + 1 if history else int(not recipe.fit_head)
-        steps = math.ceil(len(train.rows) / args.batch_size)  # as many as `batches` makes
+        steps = math.ceil(len(train.labels) / args.batch_size)  # as many as `batches` makes
         for epoch in range(first, args.epochs + 1):  # epoch 0 fits fc alone
             start = time.perf_counter()
             if epoch == 0:
@@ -716,7 +713,7 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
                     for value in model.head.parameters():
                         value.data.mul_(SOFTER)
                 loader = batches(model, train, args.batch_size, f"epoch {epoch}/{args.epochs}",
-                                 *draw_epoch(len(train.rows), args.seed, epoch), recipe.crop)
+                                 *draw_epoch(len(train.labels), args.seed, epoch), recipe.crop)
                 factors = [warmup_cosine(step, steps * args.epochs) if recipe.cosine else 1.0
                            for step in range(steps * (epoch - 1), steps * epoch)]
                 train_loss, train_acc = train_epoch(learner, loader, optimizer, scaler, factors)
@@ -728,7 +725,7 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
                 "epoch": epoch, "train_loss": train_loss, "train_acc": train_acc,
                 "val_loss": val_loss, "val_acc": val_acc, "calibrated_loss": calibrated_loss,
                 "seconds": time.perf_counter() - start,
-                "images_per_second": len(train.rows) / (trained - start)})
+                "images_per_second": len(train.labels) / (trained - start)})
             if not math.isfinite(train_loss + val_loss):
                 raise InputError(f"the loss of epoch {epoch} is not finite: start again with lower "
                                  "--lr-head and --lr-backbone, or with --amp off")
@@ -738,11 +735,8 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
                 if best_epoch(history) == epoch:
                     save_checkpoint(run / "best.pt", checkpoint)
                 write_csv(run / "history.csv", history)
-                if epoch == first:
-                    write_json(run / "split.json", split.manifest)
-                    write_json(run / "config.json", facts | {  # for people
-                        "split": "split.json", "checksums": "last.pt", "device": str(device),
-                        "precision": str(precision)})
+                write_json(run / "split.json", split.manifest)
+                write_json(run / "config.json", facts | {"split": "split.json", "checksums": None})
                 save_checkpoint(run / "last.pt", checkpoint | {  # last, as it counts on the others
                     "history": history, "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict()})
@@ -783,8 +777,10 @@ def demo(args: argparse.Namespace) -> None:
 @contextmanager
 def run_folder(args: argparse.Namespace):
     """The folders of the run and of its cache. An interrupted run says how to go on."""
-    run = args.out = from_rank_0(disk.claim_folder, args.resume or args.out,
-                                 ("last.pt", "test.json"), bool(args.resume))
+    run = args.out = args.resume or args.out or Path("runs", from_rank_0(
+        datetime.now().strftime, "%Y-%m-%d_%H-%M-%S.%f"))
+    lock = FileLock(run / ".lock")
+    from_rank_0(disk.claim_folder, run, lock, bool(args.resume))
     cache = run / ".cache-of-this-run" if str(args.cache) == "none" else Path(args.cache)
     try:
         disk.refuse_inside_photos(args.data, run, cache)
@@ -800,19 +796,19 @@ def run_folder(args: argparse.Namespace):
     finally:
         if str(args.cache) == "none":
             shutil.rmtree(cache, ignore_errors=True)
-        if RANK == 0 and run.is_dir():
-            (run / disk.CLAIM).unlink(missing_ok=True)
-            if not any(run.iterdir()):
+        if RANK == 0:
+            with suppress(OSError):  # a folder with results stays; Windows deletes open files later
+                (run / ".lock").unlink()
                 run.rmdir()
+            lock.release()
 
 
 def print_banner(args: argparse.Namespace, split: disk.Split, model: FineTuned) -> None:
     learning, frozen = (sum(parameter.numel() for parameter in model.network.parameters()
                             if parameter.requires_grad == learns) for learns in (True, False))
-    used, there = (sum(map(len, some.values())) for some in (split.parts, split.files))
     names, parts = split.manifest["classes"], split.parts.items()
     print(f"Photos      {', '.join(f'{len(pairs):,} {part}' for part, pairs in parts)} "
-          f"({args.data}; --fraction {args.fraction:g}, 1.0 would add {there - used:,})\n"
+          f"({args.data}; --fraction {args.fraction:g}, 1.0 would add {len(split.unused):,})\n"
           f"Classes     {len(names)}: {', '.join(names[:10])}{' ...' * bool(names[10:])}\n"
           f"Network     {args.architecture} ({args.weights}): "
           f"{learning:,} parameters learn, {frozen:,} are frozen\n"
@@ -821,7 +817,8 @@ def print_banner(args: argparse.Namespace, split: disk.Split, model: FineTuned) 
           f"Results     {args.out}", flush=True)
 
 
-def describe_run(args: argparse.Namespace, manifest: dict, checksums: dict[str, int]) -> dict:
+def describe_run(args: argparse.Namespace, model: FineTuned, manifest: dict,
+                 checksums: dict[str, int]) -> dict:
     """What a checkpoint holds besides the network and its results."""
     left_out = {"typed", "out", "demo", "download", "workers", "resume", "evaluate", "predict"}
     return {"format": CHECKPOINT_FORMAT, "classes": manifest["classes"], "split": manifest,
@@ -830,7 +827,8 @@ def describe_run(args: argparse.Namespace, manifest: dict, checksums: dict[str, 
                         for name, value in vars(args).items() if name not in left_out},
             "preprocessing": {"image_size": args.image_size, "interpolation": "bilinear",
                               "border": RECIPES[args.recipe].border, "mean": MEAN, "std": STD},
-            "versions": {"torch": str(torch.__version__), "pillow": Image.__version__}}
+            "machine": {"torch": str(torch.__version__), "pillow": Image.__version__,
+                        "device": str(model.device), "precision": str(model.precision)}}
 
 
 def save_checkpoint(file: Path, checkpoint: dict) -> None:
@@ -856,11 +854,12 @@ def load_tensors(file: Path):
                      "a file of tensors that torch.save wrote, no TorchScript, safetensors or code")
 
 
-def load_checkpoint(file: Path) -> dict:
-    """A checkpoint of this script, on the CPU. Raises InputError: it isn't one."""
+def load_checkpoint(file: Path, part: str = "model") -> dict:
+    """A checkpoint of this script, on the CPU. Raises InputError: none, or without this part."""
     checkpoint = load_tensors(file)
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise InputError(f"'{file}' is no checkpoint of this version of Q3.py: try it as --weights")
+    ours = isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT
+    if not ours or part not in checkpoint:
+        raise InputError(f"'{file}' has no {part} of this version of Q3.py: try it as --weights")
     return checkpoint
 
 
@@ -952,8 +951,8 @@ def evaluate(args: argparse.Namespace) -> None:
     aside = checkpoint["split"].get("test", [])
     chosen = aside if aside and set(aside) <= set(paths) else paths  # the run's own test part
     with run_folder(args) as (_, cache):
-        pairs, files = disk.labelled(folder, chosen, classes), [folder / path for path in paths]
-        loaded, _ = load_photos({"test": pairs}, {folder: files}, cache, args.image_size,
+        pairs = disk.labelled(folder, chosen, classes)
+        loaded, _ = load_photos({"test": pairs}, {"test": folder}, cache, args.image_size,
                                 checkpoint["preprocessing"]["border"], args.workers)
         print(f"Photos      {len(chosen):,} of {len(paths):,} in '{folder}'")
         if learnt := {*loaded["test"].checksums().values()} & {*checkpoint["checksums"].values()}:
@@ -1051,7 +1050,7 @@ def draw_pictures(out: Path, report: dict, photos: Photos, confidence: torch.Ten
         for place, index in enumerate(wrong[confidence[wrong].argsort(descending=True)][:15], 1):
             axes = figure.add_subplot(3, 5, place)
             axes.axis("off")
-            axes.imshow(photos.pixels[photos.rows[index][None]][0])
+            axes.imshow(photos.pixels[index[None]][0])
             axes.set_title(f"{names[photos.labels[index]]}, predicted {names[predicted[index]]}\n"
                            f"({100 * confidence[index]:.0f} %) {paths[index]}", fontsize=8)
 
@@ -1064,7 +1063,7 @@ def draw_pictures(out: Path, report: dict, photos: Photos, confidence: torch.Ten
             axes.plot([mean, mean], wilson_interval(int(hits.sum()), len(hits)), color="C0")
             axes.plot(mean, hits.double().mean(), "o", color="C0")
         axes.set(title="With 95 % intervals", xlabel="confidence", ylabel="fraction correct")
-        axes.legend(loc="upper left")
+        figure.legend(loc="outside lower center")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -1080,6 +1079,7 @@ def main(args: argparse.Namespace) -> None:
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - rank 0 prints
     try:
+        torch.set_num_threads(min(torch.get_num_threads(), count_cores()))
         (demo if args.demo else evaluate if args.evaluate else
          classify if args.predict else fine_tune)(args)
         if WORLD_SIZE > 1:

@@ -27,7 +27,6 @@ import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -40,7 +39,6 @@ SYSTEM_FOLDERS = ("__MACOSX", "System Volume Information", "RECYCLER", "lost+fou
 PARTS = ("train", "val", "test")
 PART_NAMES = (*PARTS, "training", "valid", "validation", "testing")  # never the name of a class
 MANIFEST_FORMAT = 1
-CLAIM = ".running"  # a file in the folder of a run that has not ended
 TEST_FRACTION = 0.2  # of each class, where there is no val/
 _composed = partial(unicodedata.normalize, "NFC")  # macOS decomposes accented letters
 
@@ -138,7 +136,8 @@ def _may_hold_photos(place: Path) -> bool:
 class Split:
     manifest: dict
     parts: dict[str, list[tuple[Path, int]]]  # (file, label) of each photo in train, val, test
-    files: dict[Path, list[Path]]  # all photos of the training folder and the test folder, if any
+    unused: list[tuple[Path, int]]  # the same of the training folder's other photos
+    folders: dict[str, Path]  # in which the photos of each part are
 
 
 def split(photos: dict[str, list[str]], fraction: float, val_fraction: float, seed: int) -> dict:
@@ -201,17 +200,18 @@ def load_split(args: argparse.Namespace, manifest: dict | None = None, name: str
     check_manifest(manifest, photos, name, has_val=test_root is not None)
     for key in ("fraction", "val_fraction", "test_fraction"):
         setattr(args, key, manifest.get(key))
-    parts = {part: labelled(root, manifest.get(part, []), manifest["classes"]) for part in PARTS}
-    files = {root: [root / path for paths in photos.values() for path in paths]}
+    classes, places = manifest["classes"], {"train": root, "val": root, "test": test_root or root}
+    paths = {part: manifest.get(part, []) for part in PARTS}
+    used = {path for some in paths.values() for path in some}
+    unused = [path for some in photos.values() for path in some if path not in used]
     if test_root:
         test_photos = list_photos(test_root)
         if test_photos.keys() != photos.keys():
             raise InputError(f"'{root}' and '{test_root}' need the same classes: "
                              f"{differences(photos, test_photos)}")
-        paths = [path for paths in test_photos.values() for path in paths]
-        parts["test"] = labelled(test_root, paths, manifest["classes"])
-        files[test_root] = [file for file, _ in parts["test"]]
-    return Split(manifest, parts, files)
+        paths["test"] = [path for some in test_photos.values() for path in some]
+    parts = {part: labelled(places[part], paths[part], classes) for part in PARTS}
+    return Split(manifest, parts, labelled(root, unused, classes), places)
 
 
 def report_same_photos(parts: dict[str, list[tuple[Path, int]]], data: Path, out: Path) -> None:
@@ -256,6 +256,8 @@ def check_manifest(manifest: dict, photos: dict[str, list[str]], name: str, has_
         problem = f"and the data differ in classes: {differences(manifest['classes'], photos)}"
     elif wrong := [path for path in named if path not in there or named[path] > 1]:
         problem = f"names photos that are not there, or twice ({len(wrong)}), as {wrong[0]!r}"
+        if _composed(wrong[0]) in map(_composed, there - {wrong[0]}):
+            problem += " (which is there with accents in another encoding: NFC, NFD)"
     elif any({path.split("/", 1)[0] for path in paths} < photos.keys() for paths in parts):
         problem = "has a part without photos of some class"
     if problem:
@@ -271,16 +273,17 @@ def differences(ours, theirs) -> str:
 
 
 # -- Files that are whole at any moment, and folders -----------------------------------------------
-def write_whole(file: Path, data: bytes) -> None:
-    """Replace a file by these bytes, all or none even after a kill. Raises InputError."""
+def write_whole(file: Path, data: bytes, sync: bool = True) -> None:
+    """Replace a file whole, also if killed; with `sync`, if the power fails. Raises InputError."""
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     with disk_errors(f"'{file}' can't be written"):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(aside, "wb") as stream:
                 stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
+                if sync:
+                    stream.flush()
+                    os.fsync(stream.fileno())
             os.replace(aside, file)
         finally:
             aside.unlink(missing_ok=True)
@@ -298,21 +301,20 @@ def write_csv(file: Path, rows: list[dict]) -> None:
     write_whole(file, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
-def claim_folder(out: Path | None, results: tuple[str, ...], resume: bool = False) -> Path:
-    """A run's folder, `out` or a new runs/<date-time>, with a file CLAIM that one new run can make,
-    and deletes at its end. Raises InputError, unless it is to `resume`: there are results, or a
-    CLAIM. What a kill left half written is deleted."""
-    out = out or Path("runs", datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f"))
-    with disk_errors(f"--out '{out}' can't be the run's folder"):
+def claim_folder(out: Path, lock, resume: bool = False) -> None:
+    """Make a run's folder and acquire its FileLock, which the system releases if the run is killed.
+    Then delete what a kill left half written. Raises InputError: another run is going on there, or
+    there are results and it is not to `resume`."""
+    with disk_errors(f"--out '{out}' can't be the run's folder"), suppress(NotImplementedError):
         out.mkdir(parents=True, exist_ok=True)
-        found = [name for name in (*results, CLAIM) if (out / name).exists()]
-        if found and not resume:
-            hint = f"--resume '{out}'" if "last.pt" in found else "delete it if no run is going on"
-            raise InputError(f"'{out / found[0]}' is of another run: name another --out, or {hint}")
-        (out / CLAIM).touch(exist_ok=resume)
+        if not resume and any((out / name).exists() for name in ("last.pt", "test.json")):
+            raise InputError(f"'{out}' is of another run: name another --out, or --resume '{out}'")
+        try:
+            lock.acquire(timeout=0)  # NotImplementedError: the file system has no locks
+        except TimeoutError:
+            raise InputError(f"a run is going on in '{out}': wait, or name another --out") from None
         for left in out.glob(".*.[0-9]*.tmp"):
             left.unlink()
-    return out
 
 
 def refuse_inside_photos(data: Path, *folders: Path) -> None:
@@ -496,11 +498,8 @@ def get_args_parser() -> Parser:
 
 
 def _print_table(made: Split) -> None:
-    counts = {part: Counter(label for _, label in pairs) for part, pairs in made.parts.items()}
-    classes = made.manifest["classes"]
-    there = Counter(classes.index(file.relative_to(folder).parts[0])
-                    for folder, files in made.files.items() for file in files)
-    counts["unused"] = there - sum(counts.values(), Counter())
+    parts, classes = made.parts | {"unused": made.unused}, made.manifest["classes"]
+    counts = {part: Counter(label for _, label in pairs) for part, pairs in parts.items()}
     width = max(map(len, ("Class", *classes)))
     print(f"{'Class':{width}}", *(f"{part:>6}" for part in counts), sep=" | ")
     for label, name in enumerate(classes):
@@ -522,7 +521,7 @@ def main(argv: list[str] | None = None) -> None:
     _print_table(made)
     print(f"\nManifest: {out}")
     if args.materialize:
-        materialize(made.manifest, next(iter(made.files)), args.materialize, args.mode or "symlink")
+        materialize(made.manifest, made.folders["train"], args.materialize, args.mode or "symlink")
         print(f"Folders: {args.materialize} (Q3.py would test on val/ there: give it --split)")
 
 

@@ -194,7 +194,7 @@ def machine() -> str:
     bf16 = [name for name in ("bf16", "avx512_bf16", "amx_bf16") if has.get(name)]
     gpu = f"; GPU: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (f"Processor: {torch.backends.cpu.get_cpu_capability()}, bfloat16 by "
-            f"{', '.join(bf16) or 'emulation'}, {Q3.CORES} cores{gpu}")
+            f"{', '.join(bf16) or 'emulation'}, {Q3.count_cores()} cores{gpu}")
 
 
 def matrix_product_rate(precision: torch.dtype, device: torch.device) -> float:
@@ -318,7 +318,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--fraction", type=float, default=0.25, metavar="F", help="(default: 0.25)")
     add("--epochs", type=int, default=5, metavar="N", help="(default: 5)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
-    add("--plain-workers", type=int, default=Q3.CORES if torch.cuda.is_available() else 0,
+    add("--plain-workers", type=int, default=Q3.count_cores() if torch.cuda.is_available() else 0,
         metavar="N", help="""of the plain loop's DataLoader (default: the cores if there is a GPU;
         else 0, as on a CPU they compete with the training for the cores)""")
     add("--enlarge", type=Path, metavar="DIR", help="make the photos 800 x 600 first, in DIR")

@@ -12,10 +12,12 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import QUICK, call, type_command
+from filelock import FileLock
 from PIL import Image
 
 import dataset_split as ds
@@ -262,6 +264,8 @@ def test_module_loads_without_torch_and_a_closed_pipe_is_no_error(code, status):
 @pytest.mark.parametrize("spoil, words", [
     (lambda m: m["train"].append("Aves/gone.jpg"), "not there, or twice (1), as 'Aves/gone.jpg'"),
     (lambda m: m["val"].append(m["train"][0]), "not there, or twice (1)"),
+    (lambda m: Path("photos/train", m["train"][0]).rename("photos/train/Aves/e\u0301.jpg")
+     and m["train"].__setitem__(0, "Aves/\u00e9.jpg"), "accents in another encoding: NFC, NFD)"),
     (lambda m: m["classes"].append("Zebra"), "classes: only one has 'Zebra'"),
     (lambda m: m["classes"].remove("Fungi"), "classes: only one has 'Fungi'"),
     (lambda m: m["val"].clear(), "a part without photos of some class"),
@@ -290,12 +294,14 @@ def test_load_split_finds_the_photos_of_a_manifest(data):
     made = ds.load_split(options(data, fraction=0.5))
     assert made.parts["train"][0] == (data / "train" / made.manifest["train"][0], 0)
     assert [file for file, _ in made.parts["test"]] == sorted((data / "val").rglob("*.jpg"))
-    assert made.files == {folder: sorted(folder.rglob("*.jpg"))
-                          for folder in (data / "train", data / "val")}
+    rest = [pair for part in ("train", "val") for pair in made.parts[part]] + made.unused
+    assert sorted(file for file, _ in rest) == sorted((data / "train").rglob("*.jpg"))
+    assert {made.manifest["classes"][label] == file.parent.name for file, label in rest} == {True}
+    assert made.folders == {"train": data / "train", "val": data / "train", "test": data / "val"}
     again = ds.load_split(args := options(data), made.manifest)
     assert again.parts == made.parts and args.fraction == 0.5
     made = ds.load_split(args := options(data / "train"))  # without val/
-    assert args.test_fraction == 0.2 and list(made.files) == [data / "train"]
+    assert args.test_fraction == 0.2 and {*made.folders.values()} == {data / "train"}
     assert [len(made.parts[part]) for part in ds.PARTS] == [18, 6, 6]
     shutil.rmtree(data / "val/Fungi")
     with pytest.raises(ds.InputError, match="only one has 'Fungi'"):
@@ -329,23 +335,30 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_folder_of_a_run():
-    first, second = ds.claim_folder(None, ("last.pt",)), ds.claim_folder(None, ("last.pt",))
-    assert first != second and first.parent == second.parent == Path("runs")
+    out = Path("runs/first")
+    out.mkdir(parents=True)
     for name in (".best.pt.123.tmp", "notes.txt.123.tmp"):
-        (first / name).touch()
-    with pytest.raises(ds.InputError, match=r"\.running' is of another run"):
-        ds.claim_folder(first, ("last.pt",))
-    (first / ds.CLAIM).unlink()
-    assert ds.claim_folder(first, ("last.pt",)) == first
-    assert sorted(os.listdir(first)) == [ds.CLAIM, "notes.txt.123.tmp"]
-    (first / "last.pt").touch()
-    with pytest.raises(ds.InputError, match=r"last\.pt' is of another run: .* or --resume"):
-        ds.claim_folder(first, ("last.pt", "history.csv"))
-    assert ds.claim_folder(first, ("last.pt",), resume=True) == first
-    Path("runs").rename("gone")
-    Path("runs").symlink_to("nowhere")
+        (out / name).touch()
+    first, second = FileLock(out / ".lock"), FileLock(out / ".lock")
+    ds.claim_folder(out, first)
+    assert sorted(os.listdir(out)) == [".lock", "notes.txt.123.tmp"]
+    for resume in (False, True):
+        with pytest.raises(ds.InputError, match=r"a run is going on in 'runs.first': wait"):
+            ds.claim_folder(out, second, resume)
+    first.release()
+    (out / "last.pt").touch()
+    with pytest.raises(ds.InputError, match=r"'runs.first' is of another run: .* or --resume"):
+        ds.claim_folder(out, second)
+    ds.claim_folder(out, second, resume=True)
     with pytest.raises(ds.InputError, match=r"--out 'runs.*' can't be the run's folder"):
-        ds.claim_folder(None, ())
+        ds.claim_folder(out / "last.pt", FileLock("elsewhere"))
+
+
+def test_a_file_system_without_locks_is_no_obstacle():
+    def acquire(timeout):
+        raise NotImplementedError
+    ds.claim_folder(Path("out"), SimpleNamespace(acquire=acquire))
+    assert os.listdir() == ["out"]
 
 
 def test_folders_of_a_run_may_not_be_classes(data, monkeypatch):

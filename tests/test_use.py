@@ -1,5 +1,6 @@
 """Q3.py: weights and checkpoints, interrupted runs, several processes, trained networks in use."""
 
+import hashlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import socket
 import subprocess
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import benchmark_kills
@@ -29,6 +31,7 @@ from conftest import (
     small_resnet,
     type_command,
 )
+from filelock import FileLock
 from PIL import Image
 
 import dataset_split
@@ -56,6 +59,11 @@ def flipped(file: Path, found: bytes) -> Path:
 class Malicious:
     def __reduce__(self):
         return exec, ("open('executed', 'w')",)
+
+
+class Named(dict):
+    """Stands in for torchvision's enum of weights."""
+    __members__ = property(dict)
 
 
 # -- Weights ---------------------------------------------------------------------------------------
@@ -89,19 +97,23 @@ def test_weights_come_from_a_file_in_whatever_it_is_wrapped(small_network):
 
 def test_weights_by_name_are_fetched_once_and_then_read_like_a_file(small_network, monkeypatch,
                                                                     refused, shared_data):
-    asked, place = [], Path("hub/checkpoints/resnet50-0676ba61.pth")
+    start, asked = hashlib.sha256(Path("small.pth").read_bytes()).hexdigest()[:8], []
+    place = Path(f"hub/checkpoints/resnet50-{start}.pth")
+    weights = SimpleNamespace(url=f"https://example.org/resnet50-{start}.pth")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "hub")
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, file, start: (
-        asked.append((url[-12:], start)), shutil.copy("small.pth", file)))
+        asked.append((url, start)), shutil.copy("small.pth", file)))
     assert Q3.get_args([]).weights == "IMAGENET1K_V2"
-    for _ in range(2):
-        state = Q3.build_network(*Q3.read_weights("IMAGENET1K_V1"), 3).state_dict()
-        assert torch.equal(state["conv1.weight"], load("small.pth")["conv1.weight"])
-    assert asked == [("0676ba61.pth", "0676ba61")]
-    for spoil in (lambda: cut_off(place), lambda: saved(Malicious(), place)):
-        spoil()
-        with pytest.raises(dataset_split.InputError, match=r"0676ba61\.pth' can't be used"):
-            Q3.read_weights("IMAGENET1K_V1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Q3, "ResNet50_Weights", Named(IMAGENET1K_V1=weights))
+        for _ in range(2):
+            state = Q3.build_network(*Q3.read_weights("IMAGENET1K_V1"), 3).state_dict()
+            assert torch.equal(state["conv1.weight"], load("small.pth")["conv1.weight"])
+        assert asked == [(weights.url, start)]
+        for spoil in (lambda: cut_off(place), lambda: saved(Malicious(), place)):
+            spoil()
+            with pytest.raises(dataset_split.InputError, match=f"{start}.pth' is not what https:"):
+                Q3.read_weights("IMAGENET1K_V1")
     assert not Path("executed").exists()
 
     def offline(*_):
@@ -156,6 +168,14 @@ def test_photos_without_which_there_is_no_run(small_network, data, refused, spoi
     spoil(data)
     assert words in refused("Q3.py", "--data", data, *QUICK, "--out", "out")
     assert not Path("out/last.pt").exists()
+
+
+def test_photos_of_one_colour_are_counted_and_the_first_is_named(quick_run, data, capsys):
+    split = split_of(data)
+    for path in (split["train"][3], split["train"][9]):
+        Image.new("RGB", (48, 36), (7, 8, 9)).save(data / "train" / path)
+    quick_run("out", data=data)
+    assert f"\nONE COLOUR  2 photos of train, as '{split['train'][3]}': " in capsys.readouterr().out
 
 
 def test_same_photos_in_two_parts_or_classes_are_reported(quick_run, data, capsys):
@@ -215,8 +235,9 @@ SCALER = torch.amp.GradScaler
 @pytest.mark.parametrize("recipe", ["tuned", "reference"])
 @pytest.mark.parametrize("owner, name, number", [
     (Q3, "read_photo", 5), (Q3, "fit_head", 1), (SCALER, "step", 2), (SCALER, "step", 5),
-    (Q3, "fit_temperature", 1), (Q3, "best_epoch", 2), (os, "replace", 1), (os, "replace", 3),
-    (os, "fsync", 1), (os, "fsync", 3), (Q3, "write_csv", 2), (Q3, "score", 1)])
+    (Q3, "fit_temperature", 1), (Q3, "best_epoch", 2), (os, "replace", 1), (os, "replace", 73),
+    (os, "replace", 75), (os, "fsync", 1), (os, "fsync", 3), (Q3, "write_csv", 2),
+    (Q3, "score", 1)])  # the first 72 files that are replaced are those of the cache
 def test_interrupted_run_ends_as_one_left_alone(small_network, shared_data, left_alone, monkeypatch,
                                                 capsys, recipe, owner, name, number):
     words = ("--data", shared_data, *QUICK, "--epochs", 2, "--recipe", recipe)
@@ -274,11 +295,11 @@ def changed(file: Path, **values) -> None:
     (lambda data, out: shutil.rmtree(out), "last.pt' can't be read"),
     (lambda data, out: (out / "last.pt").unlink(), "last.pt' can't be read"),
     (lambda data, out: cut_off(out / "last.pt"), "a file of tensors"),
-    (lambda data, out: changed(out / "last.pt", format=5), "is no checkpoint of this version"),
+    (lambda data, out: changed(out / "last.pt", format=5), "has no optimizer of this version"),
     (lambda data, out: saved(load(out / "last.pt")["model"], out / "last.pt"),
-     "is no checkpoint of this version of Q3.py"),
-    (lambda data, out: saved([1], out / "last.pt"), "is no checkpoint of this version"),
-    (lambda data, out: shutil.copy(out / "best.pt", out / "last.pt"), "it is a best.pt"),
+     "has no optimizer of this version of Q3.py"),
+    (lambda data, out: saved([1], out / "last.pt"), "has no optimizer of this version"),
+    (lambda data, out: shutil.copy(out / "best.pt", out / "last.pt"), "has no optimizer of this"),
     (lambda data, out: saved(Malicious(), out / "last.pt"), "a file of tensors"),
     (lambda data, out: flipped(out / "last.pt", load(out / "last.pt")["model"]["fc.weight"]
                                .numpy().tobytes()[:64]), "damaged in its part ")])
@@ -308,10 +329,19 @@ def test_out_that_holds_a_run_or_can_be_no_folder(small_network, shared_data, re
     Path("out").mkdir()
     Path("out", name).write_text("earlier")
     flags = ("--data", shared_data, *QUICK, "--out")
-    assert f"{name}' is of another run" in refused("Q3.py", *flags, "out")
+    assert "'out' is of another run" in refused("Q3.py", *flags, "out")
     assert os.listdir("out") == [name] and Path("out", name).read_text() == "earlier"
     for out in (Path("out", name), Path("out", name, "inside")):
         assert "can't be the run's folder" in refused("Q3.py", *flags, out)
+
+
+def test_a_run_that_is_going_on_is_left_alone(quick_run, shared_data, refused):
+    out = quick_run("out")
+    with FileLock(out / ".lock"):  # the run's, until its process ends
+        before = sorted(out.iterdir())
+        assert "a run is going on in 'out'" in refused("Q3.py", "--resume", "out")
+        assert sorted(out.iterdir()) == before
+    assert call("Q3.py", "--resume", "out") == 0 and not (out / ".lock").exists()
 
 
 @pytest.mark.parametrize("name, number", [("replace", 5 + 2), ("fsync", 5 + 3)])
@@ -319,7 +349,7 @@ def test_full_disk_while_saving_keeps_the_last_good_checkpoint(
         small_network, shared_data, left_alone, refused, monkeypatch, name, number):
     function, calls = getattr(os, name), iter(range(1, 99))
     def full(*args):
-        if next(calls) == number:
+        if not str(args[0]).startswith(".cache") and next(calls) == number:
             raise OSError(28, "No space left on device")
         return function(*args)
     words = ("--data", shared_data, *QUICK, "--epochs", 2)
@@ -484,7 +514,7 @@ def test_predict_agrees_with_predictions_csv(trained, shared_data, predicted):
 def test_predict_walks_folders_and_goes_on_after_damaged_photos(trained, predicted, refused,
                                                                 capsys):
     """And needs nothing but the checkpoint, and leaves nothing behind."""
-    for name in ("deep/er/b.jpg", "deep/c.png", "deep/.hidden.jpg", "odd\tname.jpg"):
+    for name in ("deep/er/b.jpg", "deep/c.png", "deep/.hidden.jpg", "odd\tname.jpg", "-x.jpg"):
         draw_photo(Path(name), (200, 60, 40), 3)
     os.rename("odd\tname.jpg", odd := os.fsdecode(b"caf\xe9\t.jpg"))
     Path("deep/d.jpg").write_bytes(b"no photo")
@@ -500,6 +530,7 @@ def test_predict_walks_folders_and_goes_on_after_damaged_photos(trained, predict
         ("caf\\udce9 .jpg", False), ("missing.jpg", True), ("empty", True),
         ("deep/notes.txt", True)]
     assert predicted("best.pt", *places, "--batch-size", 2) == rows
+    assert [row[0] for row in predicted("best.pt", "--", "-x.jpg")] == ["-x.jpg"]
     assert call("Q3.py", "--predict", "best.pt", "deep") == 0
     assert capsys.readouterr().err == "Left out    files in 'deep': 1 .txt\n"
     assert "no photo could be read" in refused("Q3.py", "--predict", "best.pt", "empty", "x.jpg")
@@ -601,9 +632,9 @@ def test_pictures_of_odd_tests(shared_data, pictures, capsys, classes, right):
     """No mistakes at all, class names that are no plain words, and too many classes to name."""
     labels = torch.arange(2 * len(classes)) % len(classes)
     logits = torch.nn.functional.one_hot(labels if right else labels.flip(0), len(classes)).float()
-    everything = torch.arange(len(labels))
-    cache = Q3.Cache(Path("cache"), "a-b", "x", len(labels), (64, 64, 3), torch.uint8)
-    photos = Q3.Photos([f"{classes[label]}/x.jpg" for label in labels], labels, cache, everything)
+    cache = Q3.Cache(Path("cache"), ["x"] * len(labels), (64, 64, 3), torch.uint8)
+    Path("cache/x").write_bytes(bytes(64 * 64 * 3))
+    photos = Q3.Photos([f"{classes[label]}/x.jpg" for label in labels], labels, cache)
     report = {"epoch": 1, **Q3.test_report(logits, labels, classes, 1.0)}
     Q3.draw_pictures(Path("."), report, photos, *logits.softmax(1).max(1), [])
     assert all(len(np.unique(np.asarray(Image.open(name)))) > 5 for name in (
