@@ -253,7 +253,7 @@ def read_photo(file: Path, size: int, border: float | None) -> torch.Tensor | In
                 if image.format != "TIFF" and (tag := image.getexif().get(0x0112)) in TURNS:
                     image = image.transpose(TURNS[tag])
             if image.mode[0] in "IF":  # "I;16" can be 12 bits; floats end at 1 or at 65535
-                raise ValueError("what its values mean is not known: convert it to 8 bits")
+                raise ValueError("grey of more than 8 bits, of unknown scale: convert it to 8")
             if "A" in image.getbands() or "transparency" in image.info:  # lay it on white
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -316,11 +316,12 @@ class Cache:
 
     def __getitem__(self, positions: torch.Tensor) -> torch.Tensor:
         """The tensors at these positions, int64: (len(positions), *shape)."""
+        found = torch.empty(len(positions), *self.shape, dtype=self.dtype)
         with disk.disk_errors(f"--cache '{self.folder.parent}' can't be used"):
-            data = [np.fromfile(self.folder / self.names[position], np.uint8)
-                    for position in positions.tolist()]
-        data = torch.from_numpy(np.array(data, np.uint8).reshape(-1, self.nbytes))
-        return data.view(self.dtype).view(-1, *self.shape)
+            for tensor, position in zip(found, positions.tolist()):
+                with open(self.folder / self.names[position], "rb") as file:
+                    file.readinto(tensor.view(torch.uint8).numpy())
+        return found
 
 
 @dataclass
@@ -338,11 +339,11 @@ class Photos:
 
 
 def load_photos(parts: dict[str, list], folders: dict[str, Path], cache: Path, size: int,
-                border: float | None, workers: int) -> tuple[dict[str, Photos], dict[Path, str]]:
+                border: float | None, workers: int) -> tuple[list[Photos], dict[Path, str]]:
     """Decode the photos of all parts, (file, label) pairs, which lie in these folders, unless the
-    cache has them. Returns the photos by part, and what is wrong with those left out."""
+    cache has them. Returns the photos of each part, and what is wrong with those left out."""
     place = cache / f"pixels-{fingerprint(size, border, Image.__version__, CACHE_FORMAT)}"
-    loaded, damaged = {}, {}
+    loaded, damaged = [], {}
     for part, pairs in parts.items():
         files = [file for file, _ in pairs]
         pixels = Cache(place, [*map(identity, files)], (size, size, 3), torch.uint8)
@@ -357,7 +358,7 @@ def load_photos(parts: dict[str, list], folders: dict[str, Path], cache: Path, s
         damaged |= {files[index]: str(error) for index, error in errors.items()}
         pixels.names = [pixels.names[index] for index in whole]
         paths = [files[index].relative_to(folders[part]).as_posix() for index in whole]
-        loaded[part] = Photos(paths, torch.tensor([pairs[index][1] for index in whole]), pixels)
+        loaded.append(Photos(paths, torch.tensor([pairs[index][1] for index in whole]), pixels))
         if plain := [path for row, path in enumerate(paths)
                      if (image := pixels[torch.tensor([row])]).eq(image[:, :1, :1]).all()]:
             print(f"ONE COLOUR  {len(plain):,} photos of {part}, as '{plain[0]}': look at them")
@@ -532,7 +533,7 @@ def batches(model: FineTuned, photos: Photos, batch_size: int, title: str,
         if photos.maps is None:  # there was no room for them
             maps = model.maps(send(photos.pixels[mine], model.device))
         else:
-            maps = send(photos.maps[mine], model.device)
+            maps = send(photos.maps[send(mine, model.device)], model.device)
         maps = maps if width == 1 else crop(maps, offsets[share], width)
         maps = maps.permute(0, 3, 1, 2).contiguous(memory_format=model.layout)
         yield maps, send(photos.labels[mine], model.device), len(step)
@@ -673,9 +674,8 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
 
     with run_folder(args) as (run, cache):
         print_banner(args, split, model)
-        photos, damaged = load_photos(split.parts, split.folders, cache, args.image_size,
-                                      recipe.border, args.workers)
-        train, val, test = photos["train"], photos["val"], photos["test"]
+        (train, val, test), damaged = load_photos(split.parts, split.folders, cache,
+                                                  args.image_size, recipe.border, args.workers)
         if RANK == 0:
             disk.report_same_photos(split.parts, args.data, run)
         if damaged and RANK == 0:
@@ -952,12 +952,12 @@ def evaluate(args: argparse.Namespace) -> None:
     chosen = aside if aside and set(aside) <= set(paths) else paths  # the run's own test part
     with run_folder(args) as (_, cache):
         pairs = disk.labelled(folder, chosen, classes)
-        loaded, _ = load_photos({"test": pairs}, {"test": folder}, cache, args.image_size,
-                                checkpoint["preprocessing"]["border"], args.workers)
+        (test,), _ = load_photos({"test": pairs}, {"test": folder}, cache, args.image_size,
+                                 checkpoint["preprocessing"]["border"], args.workers)
         print(f"Photos      {len(chosen):,} of {len(paths):,} in '{folder}'")
-        if learnt := {*loaded["test"].checksums().values()} & {*checkpoint["checksums"].values()}:
+        if learnt := {*test.checksums().values()} & {*checkpoint["checksums"].values()}:
             print(f"Note        {len(learnt):,} of the photos took part in training: optimistic")
-        score(model, loaded["test"], checkpoint, args)
+        score(model, test, checkpoint, args)
 
 
 @torch.no_grad()

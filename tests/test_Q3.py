@@ -434,7 +434,7 @@ def test_photos_of_more_than_8_bits_are_refused_by_name(dtype, names):
     """Their white may be 1, 255, 4095 or 65535: a guess would be wrong without a word."""
     for name in names.split():
         Image.fromarray(np.ones((60, 80), dtype)).save(name)
-        assert f"photo '{name}' can't be read (what its values mean is not known: convert" in str(
+        assert f"photo '{name}' can't be read (grey of more than 8 bits, of unknown scale" in str(
             Q3.read_photo(Path(name), 64, None))
 
 
