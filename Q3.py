@@ -25,7 +25,6 @@ import sys
 import time
 import warnings
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -36,7 +35,6 @@ from pathlib import Path
 try:
     import numpy as np
     import torch
-    from filelock import FileLock
     from PIL import Image, ImageOps, PngImagePlugin
     from torch import distributed, nn
     from torch.fx.experimental.optimization import fuse
@@ -65,7 +63,7 @@ SOFTER = 0.3  # times fc before epoch 1: an overconfident fc passes hardly any g
 WARMUP = 0.1  # part of the steps in which the learning rates rise
 BINS = 15  # of confidence, in the calibration error and its picture
 CACHE_FORMAT = 6  # to be raised when read_photo or FineTuned.maps give something else
-CHECKPOINT_FORMAT = 6  # likewise, when a checkpoint holds something else, or another optimiser
+CHECKPOINT_FORMAT = 7  # likewise, when something else is read from a checkpoint
 ROW = "{epoch:5} | {train_loss:10.4f} | {train_acc:9.4f} | {val_loss:8.4f} | {val_acc:7.4f} | "\
     "{calibrated_loss:10.4f}"
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
@@ -154,7 +152,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = get_args_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--" in argv:  # photos follow whose names may begin with a dash
-        argv[argv.index("--"):] = [f"./{name}" for name in argv[argv.index("--") + 1:]]
+        argv[argv.index("--"):] = [os.path.join(".", x) for x in argv[argv.index("--") + 1:]]
     if any(re.match("--local.rank", word) for word in argv):
         parser.error("--local-rank is the old launcher's: start torchrun --nproc-per-node=N Q3.py")
     defaults = vars(parser.parse_args([]))
@@ -178,7 +176,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 # -- The machine, and the processes that torchrun starts -------------------------------------------
 def count_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """How many cores this process may use: those of its affinity, or a container's quota."""
+    """How many cores this process may use: its affinity's, or a container's quota (cgroup v2)."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # no such file, or no limit: "max 100000"
         time_used, period = map(int, quota.read_text().split())
@@ -253,7 +251,7 @@ def read_photo(file: Path, size: int, border: float | None) -> torch.Tensor | In
                 if image.format != "TIFF" and (tag := image.getexif().get(0x0112)) in TURNS:
                     image = image.transpose(TURNS[tag])
             if image.mode[0] in "IF":  # "I;16" can be 12 bits; floats end at 1 or at 65535
-                raise ValueError("grey of more than 8 bits, of unknown scale: convert it to 8")
+                raise ValueError("grey of more than 8 bits: convert it to 8 bits")
             if "A" in image.getbands() or "transparency" in image.info:  # lay it on white
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -291,10 +289,11 @@ class Cache:
 
     def missing(self, rank: int = 0, count: int = 1) -> torch.Tensor:
         """Which files are to be written, by position, int64; of `count` shares number `rank`."""
-        there = {file.name for file in os.scandir(self.folder)  # others are being written
-                 if file.name[0] != "." and file.stat().st_size == self.nbytes}
-        return torch.tensor([position for position, name in enumerate(self.names)
-                             if name not in there and position % count == rank], dtype=torch.int64)
+        with disk.disk_errors(f"--cache '{self.folder.parent}' can't be used"):
+            sizes = [file.stat().st_size if file.exists() else None
+                     for file in map(self.folder.joinpath, self.names)]
+        return torch.tensor([index for index, size in enumerate(sizes)
+                             if index % count == rank and size != self.nbytes], dtype=torch.int64)
 
     def fill(self, title: str, size: int, compute) -> dict[int, InputError]:
         """Write what is missing, `size` at a time: compute(positions) gives a tensor for each, or
@@ -320,7 +319,8 @@ class Cache:
         with disk.disk_errors(f"--cache '{self.folder.parent}' can't be used"):
             for tensor, position in zip(found, positions.tolist()):
                 with open(self.folder / self.names[position], "rb") as file:
-                    file.readinto(tensor.view(torch.uint8).numpy())
+                    if file.readinto(tensor.view(torch.uint8).numpy()) < self.nbytes:
+                        raise OSError(f"'{file.name}' is cut off: delete it")
         return found
 
 
@@ -330,12 +330,8 @@ class Photos:
     paths: list[str]  # relative to the folder, with "/"
     labels: torch.Tensor  # int64 (photos,)
     pixels: Cache  # uint8 (size, size, 3)
+    checksums: dict[str, str]  # by path: photos with the same pixels have the same
     maps: Cache | torch.Tensor | None = None  # feature maps; a tensor on a GPU
-
-    def checksums(self) -> dict[str, int]:
-        """CRC-32 of the pixels of each photo, by path."""
-        return {path: zlib.crc32(self.pixels[torch.tensor([row])].numpy())
-                for row, path in enumerate(self.paths)}
 
 
 def load_photos(parts: dict[str, list], folders: dict[str, Path], cache: Path, size: int,
@@ -358,10 +354,15 @@ def load_photos(parts: dict[str, list], folders: dict[str, Path], cache: Path, s
         damaged |= {files[index]: str(error) for index, error in errors.items()}
         pixels.names = [pixels.names[index] for index in whole]
         paths = [files[index].relative_to(folders[part]).as_posix() for index in whole]
-        loaded.append(Photos(paths, torch.tensor([pairs[index][1] for index in whole]), pixels))
-        if plain := [path for row, path in enumerate(paths)
-                     if (image := pixels[torch.tensor([row])]).eq(image[:, :1, :1]).all()]:
-            print(f"ONE COLOUR  {len(plain):,} photos of {part}, as '{plain[0]}': look at them")
+        checksums, plain = {}, []
+        for index, path in enumerate(paths):
+            image = pixels[torch.tensor([index])][0]
+            checksums[path] = hashlib.sha256(image.numpy()).hexdigest()[:16]
+            plain += [path] * bool((image == image[0, 0]).all())
+        if plain:
+            print(f"ONE COLOUR  {len(plain):,} photos in {part}, as '{plain[0]}': look at them")
+        labels = torch.tensor([pairs[index][1] for index in whole])
+        loaded.append(Photos(paths, labels, pixels, checksums))
     return loaded, damaged
 
 
@@ -405,8 +406,6 @@ def read_weights(spec: str, scratch: bool = False) -> tuple[str, dict[str, torch
         except (OSError, RuntimeError) as error:  # network or disk; a wrong hash
             raise InputError(f"--weights {spec} can't be had ({error}): try again, or download "
                              f"{url} and give --weights PATH, or try --demo") from None
-        if hashlib.sha256(file.read_bytes()).hexdigest()[:8] != file.stem[-8:]:
-            raise InputError(f"'{file}' is not what {url} is: delete it, and it is fetched again")
     elif not file.is_file():
         raise InputError(f"--weights '{spec}' is no file, nor one of "
                          f"{', '.join(ResNet50_Weights.__members__)}, none")
@@ -480,7 +479,7 @@ class FineTuned(nn.Module):
 def cache_maps(model: FineTuned, parts: list[Photos]) -> str:
     """Compute the maps of these parts once, if half of the free disk and a quarter of an NVIDIA
     GPU's free memory hold them; else each step computes them again. Says what became of it."""
-    weights = [zlib.crc32(value.float().cpu().numpy().tobytes())
+    weights = [hashlib.sha256(value.float().cpu().numpy().tobytes()).hexdigest()
                for value in model.trunk.state_dict().values()]
     pixels, device = parts[0].pixels, model.device
     example = model.maps(send(pixels[torch.tensor([0])], device))[0]
@@ -533,10 +532,11 @@ def batches(model: FineTuned, photos: Photos, batch_size: int, title: str,
         if photos.maps is None:  # there was no room for them
             maps = model.maps(send(photos.pixels[mine], model.device))
         else:
-            maps = send(photos.maps[send(mine, model.device)], model.device)
+            mine = mine if isinstance(photos.maps, Cache) else send(mine, model.device)
+            maps = send(photos.maps[mine], model.device)
         maps = maps if width == 1 else crop(maps, offsets[share], width)
         maps = maps.permute(0, 3, 1, 2).contiguous(memory_format=model.layout)
-        yield maps, send(photos.labels[mine], model.device), len(step)
+        yield maps, send(photos.labels[order[share]], model.device), len(step)
 
 
 # -- Optimiser and epochs: a fast head, a slow backbone --------------------------------------------
@@ -677,7 +677,8 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
         (train, val, test), damaged = load_photos(split.parts, split.folders, cache,
                                                   args.image_size, recipe.border, args.workers)
         if RANK == 0:
-            disk.report_same_photos(split.parts, args.data, run)
+            disk.report_same_photos(
+                run, train=train.checksums, val=val.checksums, test=test.checksums)
         if damaged and RANK == 0:
             print(f"LEFT OUT    {len(damaged)} damaged, as {min(damaged)}: {run / 'damaged.csv'}")
             write_csv(run / "damaged.csv", [{"path": f, "problem": damaged[f]} for f in damaged])
@@ -686,10 +687,11 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
         # The optimiser; a resumed run goes on where it was
         optimizer = build_optimizer(model, args.lr_head, args.lr_backbone)
         scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-        facts = describe_run(args, model, split.manifest, train.checksums() | val.checksums())
+        facts = describe_run(args, model, split.manifest["classes"])
+        checksums = train.checksums | val.checksums
         history = resumed.get("history", [])
         if resumed:
-            if differ := dict(resumed["checksums"].items() ^ facts["checksums"].items()):
+            if differ := dict(resumed["checksums"].items() ^ checksums.items()):
                 raise InputError(f"{len(differ)} photos or Pillow changed since the run began, as "
                                  f"{min(differ)!r}: start another run")
             optimizer.load_state_dict(resumed["optimizer"])
@@ -730,13 +732,14 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
                 raise InputError(f"the loss of epoch {epoch} is not finite: start again with lower "
                                  "--lr-head and --lr-backbone, or with --amp off")
             if RANK == 0:
-                checkpoint = facts | {"epoch": epoch, "temperature": temperature, "model": {
+                checkpoint = facts | {"split": split.manifest, "checksums": checksums,
+                                      "epoch": epoch, "temperature": temperature, "model": {
                     name: value.cpu() for name, value in network.state_dict().items()}}
                 if best_epoch(history) == epoch:
                     save_checkpoint(run / "best.pt", checkpoint)
                 write_csv(run / "history.csv", history)
                 write_json(run / "split.json", split.manifest)
-                write_json(run / "config.json", facts | {"split": "split.json", "checksums": None})
+                write_json(run / "config.json", facts)
                 save_checkpoint(run / "last.pt", checkpoint | {  # last, as it counts on the others
                     "history": history, "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict()})
@@ -779,8 +782,7 @@ def run_folder(args: argparse.Namespace):
     """The folders of the run and of its cache. An interrupted run says how to go on."""
     run = args.out = args.resume or args.out or Path("runs", from_rank_0(
         datetime.now().strftime, "%Y-%m-%d_%H-%M-%S.%f"))
-    lock = FileLock(run / ".lock")
-    from_rank_0(disk.claim_folder, run, lock, bool(args.resume))
+    lock = from_rank_0(disk.claim_folder, run, bool(args.resume))
     cache = run / ".cache-of-this-run" if str(args.cache) == "none" else Path(args.cache)
     try:
         disk.refuse_inside_photos(args.data, run, cache)
@@ -794,13 +796,13 @@ def run_folder(args: argparse.Namespace):
         raise KeyboardInterrupt(f"go on with: {command}" if (run / "last.pt").exists() else
                                 "nothing was kept, type the command again") from None
     finally:
-        if str(args.cache) == "none":
-            shutil.rmtree(cache, ignore_errors=True)
         if RANK == 0:
-            with suppress(OSError):  # a folder with results stays; Windows deletes open files later
+            if str(args.cache) == "none":
+                shutil.rmtree(cache, ignore_errors=True)
+            os.close(lock)
+            with suppress(OSError):  # the folder has results
                 (run / ".lock").unlink()
                 run.rmdir()
-            lock.release()
 
 
 def print_banner(args: argparse.Namespace, split: disk.Split, model: FineTuned) -> None:
@@ -817,12 +819,10 @@ def print_banner(args: argparse.Namespace, split: disk.Split, model: FineTuned) 
           f"Results     {args.out}", flush=True)
 
 
-def describe_run(args: argparse.Namespace, model: FineTuned, manifest: dict,
-                 checksums: dict[str, int]) -> dict:
-    """What a checkpoint holds besides the network and its results."""
+def describe_run(args: argparse.Namespace, model: FineTuned, classes: list[str]) -> dict:
+    """What config.json holds, and a checkpoint too."""
     left_out = {"typed", "out", "demo", "download", "workers", "resume", "evaluate", "predict"}
-    return {"format": CHECKPOINT_FORMAT, "classes": manifest["classes"], "split": manifest,
-            "architecture": args.architecture, "checksums": checksums,
+    return {"format": CHECKPOINT_FORMAT, "classes": classes, "architecture": args.architecture,
             "options": {name: str(value) if isinstance(value, Path) else value
                         for name, value in vars(args).items() if name not in left_out},
             "preprocessing": {"image_size": args.image_size, "interpolation": "bilinear",
@@ -859,7 +859,7 @@ def load_checkpoint(file: Path, part: str = "model") -> dict:
     checkpoint = load_tensors(file)
     ours = isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT
     if not ours or part not in checkpoint:
-        raise InputError(f"'{file}' has no {part} of this version of Q3.py: try it as --weights")
+        raise InputError(f"'{file}' has no {part} that this version can use: try it as --weights")
     return checkpoint
 
 
@@ -955,7 +955,7 @@ def evaluate(args: argparse.Namespace) -> None:
         (test,), _ = load_photos({"test": pairs}, {"test": folder}, cache, args.image_size,
                                  checkpoint["preprocessing"]["border"], args.workers)
         print(f"Photos      {len(chosen):,} of {len(paths):,} in '{folder}'")
-        if learnt := {*test.checksums().values()} & {*checkpoint["checksums"].values()}:
+        if learnt := {*test.checksums.values()} & {*checkpoint["checksums"].values()}:
             print(f"Note        {len(learnt):,} of the photos took part in training: optimistic")
         score(model, test, checkpoint, args)
 
@@ -1007,7 +1007,7 @@ def picture(file: Path, width: float, height: float):
 
 def draw_curves(file: Path, runs: dict[str, tuple[list[dict], dict]]) -> None:
     """Draw loss and accuracy of runs, (history, report) by name; a star is the test."""
-    with picture(file, 10, 4) as figure:
+    with picture(file, 12, 4) as figure:
         for axes, key, title in zip(figure.subplots(1, 2), ("loss", "acc"), ("loss", "accuracy")):
             for number, (name, (history, report)) in enumerate(runs.items()):
                 for part, style in (("train", "o--"), ("val", "s-")):
@@ -1018,7 +1018,7 @@ def draw_curves(file: Path, runs: dict[str, tuple[list[dict], dict]]) -> None:
                           label=f"{name} test, best epoch".strip())
             axes.set(xlabel="epoch", ylabel=title, ylim=0)
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.legend()
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the second axes
 
 
 def draw_pictures(out: Path, report: dict, photos: Photos, confidence: torch.Tensor,
@@ -1063,7 +1063,7 @@ def draw_pictures(out: Path, report: dict, photos: Photos, confidence: torch.Ten
             axes.plot([mean, mean], wilson_interval(int(hits.sum()), len(hits)), color="C0")
             axes.plot(mean, hits.double().mean(), "o", color="C0")
         axes.set(title="With 95 % intervals", xlabel="confidence", ylabel="fraction correct")
-        figure.legend(loc="outside lower center")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1))  # below the axes
 
 
 def main(args: argparse.Namespace) -> None:

@@ -137,7 +137,7 @@ class Split:
     manifest: dict
     parts: dict[str, list[tuple[Path, int]]]  # (file, label) of each photo in train, val, test
     unused: list[tuple[Path, int]]  # the same of the training folder's other photos
-    folders: dict[str, Path]  # in which the photos of each part are
+    folders: dict[str, Path]  # of train, val, test: what their paths are relative to
 
 
 def split(photos: dict[str, list[str]], fraction: float, val_fraction: float, seed: int) -> dict:
@@ -214,19 +214,15 @@ def load_split(args: argparse.Namespace, manifest: dict | None = None, name: str
     return Split(manifest, parts, labelled(root, unused, classes), places)
 
 
-def report_same_photos(parts: dict[str, list[tuple[Path, int]]], data: Path, out: Path) -> None:
-    """List photos that are in two parts or two classes, byte for byte, in out/same_photos.csv."""
-    where = {file: (part, label) for part, pairs in parts.items() for file, label in pairs}
-    sizes = {file: file.stat().st_size for file in where if file.exists()}
-    alike, firsts, rows = Counter(sizes.values()), {}, []
-    for file in (file for file, size in sizes.items() if alike[size] > 1):
-        with suppress(OSError):  # an unreadable photo is reported when it is decoded
-            first = firsts.setdefault(hashlib.sha256(file.read_bytes()).digest(), file)
-            both, labels = zip(where[first], where[file])
-            if where[first] != where[file]:
-                rows.append({"path": first.relative_to(data).as_posix(),
-                             "same_as": file.relative_to(data).as_posix(), "parts": " ".join(both),
-                             "labels": "same" if labels[0] == labels[1] else "different"})
+def report_same_photos(out: Path, **parts: dict[str, str]) -> None:
+    """List photos that are in two parts or two classes in out/same_photos.csv. Each part has the
+    checksums of its photos, by path."""
+    firsts, rows = {}, []
+    for part, checksums in parts.items():
+        for path, checksum in checksums.items():
+            first_part, first = firsts.setdefault(checksum, (part, path))
+            if first_part != part or first.split("/")[0] != path.split("/")[0]:
+                rows.append({"path": first, "part": first_part, "same_as": path, "its_part": part})
     if rows:
         write_csv(out / "same_photos.csv", rows)
         print(f"Same photo  {len(rows)} times in two parts or classes: {out / 'same_photos.csv'}")
@@ -275,7 +271,7 @@ def differences(ours, theirs) -> str:
 # -- Files that are whole at any moment, and folders -----------------------------------------------
 def write_whole(file: Path, data: bytes, sync: bool = True) -> None:
     """Replace a file whole, also if killed; with `sync`, if the power fails. Raises InputError."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    aside = file.with_name(f".{file.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     with disk_errors(f"'{file}' can't be written"):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -301,20 +297,24 @@ def write_csv(file: Path, rows: list[dict]) -> None:
     write_whole(file, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
-def claim_folder(out: Path, lock, resume: bool = False) -> None:
-    """Make a run's folder and acquire its FileLock, which the system releases if the run is killed.
-    Then delete what a kill left half written. Raises InputError: another run is going on there, or
-    there are results and it is not to `resume`."""
-    with disk_errors(f"--out '{out}' can't be the run's folder"), suppress(NotImplementedError):
+def claim_folder(out: Path, resume: bool = False) -> int:
+    """Make and lock a run's folder, until the descriptor that is returned is closed or the process
+    ends. Raises InputError: it is locked already, or has results and is not to `resume`."""
+    with disk_errors(f"--out '{out}' can't be the run's folder"):
         out.mkdir(parents=True, exist_ok=True)
         if not resume and any((out / name).exists() for name in ("last.pt", "test.json")):
             raise InputError(f"'{out}' is of another run: name another --out, or --resume '{out}'")
+        lock = os.open(out / ".lock", os.O_CREAT | os.O_RDWR)
         try:
-            lock.acquire(timeout=0)  # NotImplementedError: the file system has no locks
-        except TimeoutError:
-            raise InputError(f"a run is going on in '{out}': wait, or name another --out") from None
-        for left in out.glob(".*.[0-9]*.tmp"):
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"a run is going on in '{out}': wait for it, or stop it") from None
+        except (ImportError, OSError):
+            pass  # Windows, or a file system without locks
+        for left in out.glob(".*.[0-9]*.tmp"):  # half written, by a run that was killed
             left.unlink()
+    return lock
 
 
 def refuse_inside_photos(data: Path, *folders: Path) -> None:

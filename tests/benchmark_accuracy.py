@@ -6,9 +6,8 @@
 prints one of these tables:
 
     recipes       the published run with its faults, --recipe reference and --recipe tuned
-    scratch       fine-tuning against training from scratch, epoch by epoch
+    scratch       fine-tuning against training from scratch, epoch by epoch, and a picture of it
     freezing      what learns with 9, 8, 7, 6, 4 and 0 frozen children
-    data          fine-tuning, a linear probe and training from scratch on 5 to 100 % of the photos
     ingredients   the tuned recipe with one part changed at a time
 
 Each run is one of Q3.py in a process of its own, with the changes listed here. A seed decides the
@@ -75,7 +74,6 @@ VARIANTS = {
     "tuned": ([], {}),
     "reference": (["--recipe", "reference"], {}),
     "published, float32": ([], {"main": benchmark_published_run.train_and_test}),
-    "linear probe": (["--freeze", "9", "--epochs", "1", "--lr-head", "1e-12"], {}),
     "from scratch": (["--from-scratch"], {}),
     "from scratch, constant learning rate": (["--from-scratch"], recipe("scratch", cosine=False)),
     "ResNet50 from random weights": (["--weights", "none"], {}),
@@ -146,7 +144,8 @@ def run(args: argparse.Namespace, variant: str, fraction: float, seed: int) -> d
     history = [{key: float(value) for key, value in row.items()} for row in history]
     return {**cost, "history": history, "val": next(row["val_acc"] for row in history
                                                  if row["epoch"] == report["epoch"]),
-            "test": report["accuracy"], "calibration": report["calibration_error"],
+            "report": report, "test": report["accuracy"],
+            "calibration": report["calibration_error"],
             "right": [row["label"] == row["predicted"] for row in predictions],
             "epochs": sum(row["seconds"] for row in history), "photos": len(split["train"]),
             "epoch": statistics.median([row["seconds"] for row in history if row["epoch"]][-5:])}
@@ -188,18 +187,6 @@ def print_table(head: str, rows: list[list]) -> None:
         print(f"| {' | '.join(map(str, row))} |")
 
 
-def print_chart(title: str, x_title: str, places: list, lines: dict[str, list[float]]) -> None:
-    """A line chart in mermaid's language, which GitHub draws; it has no legend, so that the title
-    names the lines as they end."""
-    lines = dict(sorted(lines.items(), key=lambda line: -line[1][-1]))
-    print(f'\n```mermaid\nxychart-beta\n    title "{title}: {", ".join(lines)} (from the top, at '
-          f'the right)"\n    x-axis "{x_title}" [{", ".join(map(str, places))}]\n'
-          '    y-axis "accuracy" 0 --> 1')
-    for values in lines.values():
-        print(f"    line [{', '.join(f'{value:.4f}' for value in values)}]")
-    print("```\n")
-
-
 def recipes(args: argparse.Namespace, runs_of) -> None:
     rows = []
     for fraction in args.fraction:
@@ -238,11 +225,11 @@ def scratch(args: argparse.Namespace, runs_of) -> None:
             rows.append([title, *map(cell, columns.values())])
         photos = columns["fine-tuned"][0]["photos"]
         print_table(f"epoch ({photos:,} training photos) | {' | '.join(columns)}", rows)
-        epochs = list(range(1, last + 1))
-        print_chart("Best validation accuracy so far", "epoch", epochs, {
-            name: [statistics.mean(max(row["val_acc"] for row in run["history"]
-                                       if row["epoch"] <= epoch) for run in runs)
-                   for epoch in epochs] for name, runs in columns.items()})
+        if Q3.HAS_MATPLOTLIB:  # of the first seed
+            picture = args.runs / f"scratch-{fraction:g}.png"
+            Q3.draw_curves(picture, {name: (runs[0]["history"], runs[0]["report"])
+                                     for name, runs in columns.items()})
+            print(f"\n{picture}")
 
 
 def freezing(args: argparse.Namespace, runs_of) -> None:
@@ -259,19 +246,6 @@ def freezing(args: argparse.Namespace, runs_of) -> None:
                 "an epoch | whole job | peak memory", rows)
 
 
-def data(args: argparse.Namespace, runs_of) -> None:
-    found = {name: [runs_of(variant, fraction) for fraction in args.fraction]
-             for name, variant in (("fine-tuned", "tuned"), ("linear probe", "linear probe"),
-                                   ("from scratch", "from scratch"))}
-    photos = [runs[0]["photos"] for runs in found["fine-tuned"]]
-    accuracies = {name: [mean(runs, "test") for runs in of_fractions]
-                  for name, of_fractions in found.items()}
-    print_table(f"training photos | {' | '.join(found)}", [
-        [f"{count:,}", *(f"{values[row]:.4f}" for values in accuracies.values())]
-        for row, count in enumerate(photos)])
-    print_chart("Test accuracy", "training photos", photos, accuracies)
-
-
 def ingredients(args: argparse.Namespace, runs_of) -> None:
     for fraction in args.fraction:
         tuned, rows = runs_of("tuned", fraction), []
@@ -286,7 +260,7 @@ def ingredients(args: argparse.Namespace, runs_of) -> None:
                     "against tuned | calibration error | epochs' seconds", rows)
 
 
-TABLES = {table.__name__: table for table in (recipes, scratch, freezing, data, ingredients)}
+TABLES = {table.__name__: table for table in (recipes, scratch, freezing, ingredients)}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -296,8 +270,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("table", choices=TABLES)
     add("--data", type=Path, default=Path("inaturalist_12k"), metavar="DIR")
     add("--weights", default="IMAGENET1K_V2", metavar="SPEC")
-    add("--fraction", type=float, nargs="+", metavar="F",
-        help="(default: 0.25; for data 0.05 0.1 0.25 0.5 1.0)")
+    add("--fraction", type=float, nargs="+", default=[0.25], metavar="F", help="(default: 0.25)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     add("--variants", nargs="+", choices=VARIANTS, metavar="NAME",
         help="only these rows (of scratch: columns); some of: " + "; ".join(VARIANTS))
@@ -312,10 +285,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     args.seeds, args.data = list(dict.fromkeys(args.seeds)), find_data(args.data)
-    if args.variants and args.table in ("freezing", "data"):
-        sys.exit(f"--variants: '{args.table}' has all its rows; it goes with the other tables")
-    args.fraction = args.fraction or (
-        [0.05, 0.1, 0.25, 0.5, 1.0] if args.table == "data" else [0.25])
+    if args.variants and args.table == "freezing":
+        sys.exit("--variants: 'freezing' has all its rows; it goes with the other tables")
     known = {}
 
     def runs_of(variant: str, fraction: float) -> list[dict]:

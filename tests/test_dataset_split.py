@@ -1,6 +1,7 @@
 """dataset_split.py: the split, the manifest, files and folders, the demo, and the download."""
 
 import argparse
+import fcntl
 import http.server
 import io
 import json
@@ -12,12 +13,10 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import QUICK, call, type_command
-from filelock import FileLock
 from PIL import Image
 
 import dataset_split as ds
@@ -308,20 +307,15 @@ def test_load_split_finds_the_photos_of_a_manifest(data):
         ds.load_split(options(data))
 
 
-def test_same_photos_in_two_parts_or_classes_are_reported(data, capsys):
-    parts = ds.load_split(options(data)).parts
-    ds.report_same_photos(parts, data, Path())
+def test_same_photos_in_two_parts_or_classes_are_reported(capsys):
+    train = {"Aves/1.jpg": "a", "Aves/2.jpg": "a", "Fungi/1.jpg": "a", "Fungi/2.jpg": "b"}
+    ds.report_same_photos(Path(), train={"Aves/1.jpg": "a", "Aves/2.jpg": "a"}, val={"x/y": "c"})
     assert not Path("same_photos.csv").exists() and not capsys.readouterr().out
-    first, twin, other, test = (parts[part][k][0] for part, k in (
-        ("train", 0), ("train", 1), ("val", -1), ("test", 0)))
-    for file in (first, twin, other, test):  # a twin in the same part and class is no harm
-        file.write_bytes(b"all alike")
-    ds.report_same_photos(parts, data, Path())
+    ds.report_same_photos(Path(), train=train, val={"Fungi/3.jpg": "b"})
     assert "Same photo  2 times" in capsys.readouterr().out
-    path, *others = (file.relative_to(data).as_posix() for file in (first, other, test))
     assert Path("same_photos.csv").read_text().splitlines() == [
-        "path,same_as,parts,labels", f"{path},{others[0]},train val,different",
-        f"{path},{others[1]},train test,same"]
+        "path,part,same_as,its_part", "Aves/1.jpg,train,Fungi/1.jpg,train",
+        "Fungi/2.jpg,train,Fungi/3.jpg,val"]
 
 
 # -- Files and folders -----------------------------------------------------------------------------
@@ -334,31 +328,37 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert tree(tmp_path) == {"file": b"new"}
 
 
-def test_folder_of_a_run():
+def test_folder_of_a_run(monkeypatch):
     out = Path("runs/first")
     out.mkdir(parents=True)
-    for name in (".best.pt.123.tmp", "notes.txt.123.tmp"):
+    for name in (".best.pt.123-ab.tmp", "notes.txt.123.tmp"):
         (out / name).touch()
-    first, second = FileLock(out / ".lock"), FileLock(out / ".lock")
-    ds.claim_folder(out, first)
+    first = ds.claim_folder(out)
     assert sorted(os.listdir(out)) == [".lock", "notes.txt.123.tmp"]
     for resume in (False, True):
         with pytest.raises(ds.InputError, match=r"a run is going on in 'runs.first': wait"):
-            ds.claim_folder(out, second, resume)
-    first.release()
+            ds.claim_folder(out, resume)
+    os.close(first)
     (out / "last.pt").touch()
     with pytest.raises(ds.InputError, match=r"'runs.first' is of another run: .* or --resume"):
-        ds.claim_folder(out, second)
-    ds.claim_folder(out, second, resume=True)
+        ds.claim_folder(out)
+    os.close(ds.claim_folder(out, resume=True))
     with pytest.raises(ds.InputError, match=r"--out 'runs.*' can't be the run's folder"):
-        ds.claim_folder(out / "last.pt", FileLock("elsewhere"))
+        ds.claim_folder(out / "last.pt")
+
+    def flock(*_):
+        raise OSError(37, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    os.close(ds.claim_folder(Path("out")))  # on a file system without locks
 
 
-def test_a_file_system_without_locks_is_no_obstacle():
-    def acquire(timeout):
-        raise NotImplementedError
-    ds.claim_folder(Path("out"), SimpleNamespace(acquire=acquire))
-    assert os.listdir() == ["out"]
+def test_lock_ends_with_the_process_that_has_it(tmp_path):
+    code = "import dataset_split as ds, os, sys; ds.claim_folder(ds.Path(sys.argv[1])); "
+    for last in ("os.kill(os.getpid(), 9)", "sys.exit()"):
+        subprocess.run([sys.executable, "-c", code + last, tmp_path / "out"],
+                       cwd=Path(ds.__file__).parent)
+        assert (tmp_path / "out/.lock").exists()
+        os.close(ds.claim_folder(tmp_path / "out"))
 
 
 def test_folders_of_a_run_may_not_be_classes(data, monkeypatch):
