@@ -582,7 +582,7 @@ def fit_head(model: FineTuned, train: Photos, batch_size: int) -> tuple[float, f
     mean = features.mean(0)
     overall = features.sub_(mean).std()
     if not 1e-6 * mean.abs().max() < overall < math.inf:  # equal, but for rounding
-        raise InputError("features are not finite, or all the same: check --weights, or --amp off")
+        raise InputError("features are equal or not finite: try --cache none, --amp off, --weights")
     scale = (overall * (features.std(0) + overall / 1000)).sqrt()  # half way to equal deviations
     features.div_(scale)
     head = nn.Linear(features.shape[1], model.head.out_features)
@@ -949,7 +949,7 @@ def evaluate(args: argparse.Namespace) -> None:
                          f"{disk.differences(classes, photos)}")
     paths = [path for name in photos for path in photos[name]]
     aside = checkpoint["split"].get("test", [])
-    chosen = aside if aside and set(aside) <= set(paths) else paths  # the run's own test part
+    chosen = aside if aside and "data" not in args.typed else paths  # the run's own test part
     with run_folder(args) as (_, cache):
         pairs = disk.labelled(folder, chosen, classes)
         (test,), _ = load_photos({"test": pairs}, {"test": folder}, cache, args.image_size,

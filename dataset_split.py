@@ -152,7 +152,7 @@ def split(photos: dict[str, list[str]], fraction: float, val_fraction: float, se
             in_val = round((k + 1) * share) > round(k * share)
             (val if in_val else train).append(path)
     if small:
-        raise InputError(f"too small: {', '.join(small)}. Add photos, or raise --fraction")
+        raise InputError(f"too small: {', '.join(small)}. Add photos, or change the fractions")
     return {"format": MANIFEST_FORMAT, "fraction": fraction, "val_fraction": val_fraction,
             "seed": seed, "classes": sorted(photos), "train": sorted(train), "val": sorted(val)}
 
@@ -184,9 +184,9 @@ def load_split(args: argparse.Namespace, manifest: dict | None = None, name: str
     fractions to what is used. Opens no photo. Raises InputError."""
     args.data = find_data(args.data)
     root, test_root = folders = part_folders(args.data)
-    for place in filter(Path.exists, sorted(args.data.iterdir())):
-        if place.name.lower() in PART_NAMES and not any(map(place.samefile, filter(None, folders))):
-            print(f"Left out    '{place}' is not read: test photos belong in val/")
+    for place in sorted(args.data.iterdir()) if root != args.data else ():
+        if _may_hold_photos(place) and not any(map(place.samefile, filter(None, folders))):
+            print(f"Left out    '{place}' is not read: photos belong in train/ and val/")
     photos = list_photos(root)
     if manifest is None and test_root:
         if args.test_fraction:

@@ -156,9 +156,12 @@ def test_data_folder_in_either_spelling_and_a_part_that_is_not_read(data, capsys
     data.rename("inaturalist_12K")
     assert ds.find_data("inaturalist_12k").samefile("inaturalist_12K")
     assert call("dataset_split.py") == 0 and "not read" not in capsys.readouterr().out
-    Path("inaturalist_12K/Test").mkdir()
+    for name in ("Test", "Plantae", ".hidden"):
+        Path("inaturalist_12K", name).mkdir()
     assert call("dataset_split.py") == 0
-    assert f"'{Path('inaturalist_12K/Test')}' is not read: test photos" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("".join(
+        f"Left out    '{Path('inaturalist_12K', name)}' is not read: photos belong in train/ and "
+        "val/\n" for name in ("Plantae", "Test")))
 
 
 @pytest.mark.parametrize("folders, words", [

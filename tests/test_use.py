@@ -564,6 +564,10 @@ def test_class_folders_alone_are_enough(quick_run, tmp_path, capsys, refused):
     assert load(second / "best.pt")["split"]["test"] == split["test"]
     assert call("Q3.py", "--evaluate", first / "best.pt", "--out", "again") == 0
     assert read_csv("again/predictions.csv") == tested
+    capsys.readouterr()
+    other = of_ones_own(tmp_path / "other", ["cat", "dog", "émeu"], 9)  # of the same names
+    assert call("Q3.py", "--evaluate", first / "best.pt", "--data", other, "--out", "others") == 0
+    assert f"Photos      27 of 27 in '{other}'" in capsys.readouterr().out
     assert call("Q3.py", "--data", data, *QUICK[:2], *QUICK[4:], "--split", first / "split.json",
                 "--out", "mine-3") == 0
     assert read_csv("mine-3/predictions.csv") == tested and sorted(data.rglob("*")) == before
