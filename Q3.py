@@ -5,8 +5,8 @@
     python Q3.py --data my_photos --fraction 1.0   train on folders of classes, and test
     python Q3.py --resume runs/NAME                go on after an interruption
 
-Each photo is decoded once and passes the frozen first layers, the trunk, once. What is trained,
-batch after batch, are the layers after it, on crops of the trunk's feature maps:
+Each photo is decoded once and goes through the frozen first layers, the trunk, once. Only the
+layers after it are trained, on crops of the trunk's feature maps:
     photos -> pixels (uint8) -> frozen trunk -> feature maps -> crops -> layer3, layer4, fc -> loss
 """
 
@@ -120,8 +120,8 @@ def get_args_parser() -> disk.Parser:
     add("--split", type=Path, metavar="FILE", help="a manifest, instead of the fractions")
     add("--image-size", type=disk.number(int, 64, 4096), default=224, metavar="N",
         help="the network sees N x N pixels (default: 224)")
-    add("--workers", type=size, default=count_cores(), metavar="N", help="threads (one a core)")
-    add("--cache", type=Path, default=Path(".cache"), metavar="DIR", help="pixels, maps; or none")
+    add("--workers", type=size, default=count_cores(), metavar="N", help="default: one a core")
+    add("--cache", type=Path, default=Path(".cache"), metavar="DIR", help="default .cache; or none")
     group = parser.add_argument_group("network")
     add = group.add_mutually_exclusive_group().add_argument
     add("--weights", default="IMAGENET1K_V2", metavar="SPEC",
@@ -132,7 +132,7 @@ def get_args_parser() -> disk.Parser:
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, help="default: tuned; random weights: scratch")
     add("--epochs", type=size, metavar="N", help="default: 5; scratch: 40")
-    add("--batch-size", type=size, metavar="N", help="of a step (default: 32; other recipes: 64)")
+    add("--batch-size", type=size, metavar="N", help="photos a step (default: 32; others: 64)")
     add("--lr-head", type=rate, metavar="LR", help="of fc (default: 1e-3)")
     add("--lr-backbone", type=rate, metavar="LR", help="below fc (default: 1e-4; scratch: 1e-3)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: auto")
@@ -140,7 +140,7 @@ def get_args_parser() -> disk.Parser:
     group = parser.add_argument_group("runs and trained networks")
     group.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<date-time>")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--demo", action="store_true", help="transfer learning on drawn pictures, in two minutes")
+    add("--demo", action="store_true", help="transfer learning on drawn pictures, in one minute")
     add("--resume", type=Path, metavar="RUN", help="go on after the last finished epoch")
     add("--evaluate", type=Path, metavar="CKPT", help="score a checkpoint on the test photos")
     add("--predict", nargs="+", metavar=("CKPT", "PHOTO"), help="classify photos and folders")

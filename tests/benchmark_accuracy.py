@@ -62,10 +62,10 @@ def overall_deviation(features, dim=None, std=torch.Tensor.std):
 INGREDIENTS = {  # name: (flags of Q3.py, what takes the place of what in it)
     "whole photos squashed to a square": ([], recipe(border=None)),
     "fc from noise": ([], recipe(fit_head=False)),
-    "fc as sure as the regression": ([], {"SOFTER": 1.0}),
+    "fc not multiplied by 0.3": ([], {"SOFTER": 1.0}),
     "start of fc on unscaled features": ([], {"torch.Tensor.std": overall_deviation}),
     "without crops": ([], recipe(crop=1.0)),
-    "smaller crops, of 16 of 28 places": ([], recipe(crop=4 / 7)),
+    "smaller crops, 16 x 16 of 28 x 28": ([], recipe(crop=4 / 7)),
     "BatchNorm's statistics learnt": ([], recipe(hold_batchnorm=False)),
     "a tenth of the learning rates": (["--lr-head", "1e-4", "--lr-backbone", "1e-5"], {}),
     "constant learning rates": ([], recipe(cosine=False)),
