@@ -303,7 +303,7 @@ def claim_folder(out: Path, resume: bool = False) -> int:
     with disk_errors(f"--out '{out}' can't be the run's folder"):
         out.mkdir(parents=True, exist_ok=True)
         if not resume and any((out / name).exists() for name in ("last.pt", "test.json")):
-            raise InputError(f"'{out}' is of another run: name another --out, or --resume '{out}'")
+            raise InputError(f"'{out}' has a run already: name another --out, or --resume '{out}'")
         lock = os.open(out / ".lock", os.O_CREAT | os.O_RDWR)
         try:
             import fcntl

@@ -343,7 +343,7 @@ def test_folder_of_a_run(monkeypatch):
             ds.claim_folder(out, resume)
     os.close(first)
     (out / "last.pt").touch()
-    with pytest.raises(ds.InputError, match=r"'runs.first' is of another run: .* or --resume"):
+    with pytest.raises(ds.InputError, match=r"'runs.first' has a run already: .* or --resume"):
         ds.claim_folder(out)
     os.close(ds.claim_folder(out, resume=True))
     with pytest.raises(ds.InputError, match=r"--out 'runs.*' can't be the run's folder"):

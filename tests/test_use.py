@@ -317,7 +317,7 @@ def test_out_that_holds_a_run_or_can_be_no_folder(small_network, shared_data, re
     Path("out").mkdir()
     Path("out", name).write_text("earlier")
     flags = ("--data", shared_data, *QUICK, "--out")
-    assert "'out' is of another run" in refused("Q3.py", *flags, "out")
+    assert "'out' has a run already" in refused("Q3.py", *flags, "out")
     assert os.listdir("out") == [name] and Path("out", name).read_text() == "earlier"
     for out in (Path("out", name), Path("out", name, "inside")):
         assert "can't be the run's folder" in refused("Q3.py", *flags, out)
@@ -485,7 +485,7 @@ def test_evaluate_on_other_photos(trained, shared_data, data, refused, capsys):
     shutil.rmtree(data / "val/Vögel")
     (data / "val/Insecta/01.jpg").write_bytes(b"no photo")
     assert "01.jpg' can't be read" in refused("Q3.py", "--evaluate", best, *other)
-    assert "is of another run" in refused("Q3.py", "--evaluate", best, "--out", "first")
+    assert "has a run already" in refused("Q3.py", "--evaluate", best, "--out", "first")
     assert "'nothing.pt' can't be read" in refused("Q3.py", "--evaluate", "nothing.pt")
     assert "try it as --weights" in refused("Q3.py", "--evaluate", "small.pth")
 
