@@ -272,7 +272,7 @@ def differences(ours, theirs) -> str:
 def write_whole(file: Path, data: bytes, sync: bool = True) -> None:
     """Replace a file whole, also if killed; with `sync`, if the power fails. Raises InputError."""
     aside = file.with_name(f".{file.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
-    with disk_errors(f"'{file}' can't be written"):
+    with disk_errors(f"'{file}' can't be written{'' if sync else ', give another --cache'}"):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(aside, "wb") as stream:

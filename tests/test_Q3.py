@@ -430,7 +430,7 @@ def test_photos_of_every_kind_arrive_as_rgb(mode, names):
 
 
 @pytest.mark.parametrize("dtype, names", [
-    (np.uint16, "x.png x.tif"), (np.int32, "x.tif"), (np.float32, "x.tif")])
+    (np.uint16, "x.png x.tif x.pgm"), (np.int32, "x.tif"), (np.float32, "x.tif")])
 def test_photos_of_more_than_8_bits_are_refused_by_name(dtype, names):
     """Their white may be 1, 255, 4095 or 65535: a guess would be wrong without a word."""
     for name in names.split():
@@ -631,7 +631,8 @@ def test_cache_that_cannot_be_used(small_network, shared_data, refused, monkeypa
         replace(*args)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        assert re.search(r"'\.cache.* can't be written: No space left", refused("Q3.py", *flags))
+        assert re.search(r"'\.cache.* can't be written, give another --cache: No space left",
+                         refused("Q3.py", *flags))
     assert not Path("out").exists()
     assert call("Q3.py", *flags) == 0 and "Decoding    4 photos" in capsys.readouterr().out
 

@@ -223,8 +223,8 @@ SCALER = torch.amp.GradScaler
 @pytest.mark.parametrize("recipe", ["tuned", "reference"])
 @pytest.mark.parametrize("owner, name, number", [
     (Q3, "read_photo", 5), (Q3, "fit_head", 1), (SCALER, "step", 2), (SCALER, "step", 5),
-    (Q3, "fit_temperature", 1), (Q3, "best_epoch", 2), (os, "replace", 1), (os, "replace", 5),
-    (os, "fsync", 1), (os, "fsync", 3), (Q3, "write_csv", 2),
+    (Q3, "fit_temperature", 1), (Q3, "best_epoch", 2), (os, "replace", 1), (os, "replace", 3),
+    (os, "replace", 5), (os, "fsync", 1), (os, "fsync", 3), (Q3, "write_csv", 2),
     (Q3, "score", 1)])
 def test_interrupted_run_ends_as_one_left_alone(small_network, shared_data, left_alone, monkeypatch,
                                                 capsys, recipe, owner, name, number):
