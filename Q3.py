@@ -3,7 +3,7 @@
 
     python Q3.py --demo                            see transfer learning work, offline
     python Q3.py --data my_photos --fraction 1.0   train on folders of classes, and test
-    python Q3.py --resume runs/NAME                go on after an interruption
+    python Q3.py --resume runs/NAME                resume after an interruption
 
 Each photo is decoded once and goes through the frozen first layers, the trunk, once. Only the
 layers after it are trained, on crops of the trunk's feature maps:
@@ -60,7 +60,7 @@ TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation, what P
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's red, green, blue in [0, 1]
 PENALTY = 0.03  # on the squared weights of the logistic regression that fc starts from
 SOFTER = 0.3  # times fc before epoch 1: an overconfident fc passes hardly any gradient down
-WARMUP = 0.1  # part of the steps in which the learning rates rise
+WARMUP = 0.1  # fraction of the steps in which the learning rates rise
 BINS = 15  # of confidence, in the calibration error and its picture
 CACHE_FORMAT = 6  # to be raised when read_photo or FineTuned.maps give something else
 CHECKPOINT_FORMAT = 7  # likewise, when something else is read from a checkpoint
@@ -71,15 +71,15 @@ RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE = (  # what torchrun tells each o
     int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
     for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
 QUIET = True if RANK else None  # tqdm: rank 0 draws progress bars, and only in a terminal
-store = None  # of keys and values, which the processes that torchrun started share
+store = None  # of keys and values, shared by the processes that torchrun started
 
 
 # -- Options ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Recipe:
     """How a network is trained. Options can change the last four."""
-    border: float | None  # part of the short side left out at each edge; None: squash the photo
-    crop: float  # side of a training crop, as a part of the photo's side
+    border: float | None  # fraction of the short side cut at each edge; None: squash the photo
+    crop: float  # side of a training crop, as a fraction of the photo's side
     fit_head: bool  # epoch 0: fc starts from logistic regression, not from noise
     hold_batchnorm: bool  # BatchNorm keeps ImageNet's statistics in the layers that learn, too
     cosine: bool  # the learning rates warm up and fall along a cosine, or are constant
@@ -100,7 +100,7 @@ DEMO = {  # its runs, and the options of each besides those that all have
     "fine-tuned": "--data demo/target --weights runs/demo/pre-trained/best.pt --freeze 4",
     "from-scratch": "--data demo/target --from-scratch",
 }
-BESIDE = {  # the options that go with each of these; all others are settled
+BESIDE = {  # the options that can be given with each of these
     "demo": set(),
     "resume": {"data", "workers", "cache"},
     "evaluate": {"data", "workers", "cache", "batch_size", "device", "amp", "out"},
@@ -114,34 +114,34 @@ def get_args_parser() -> disk.Parser:
     size, rate = disk.number(int, 1, 10**6), disk.number(float, 1e-12, 100)
     add = (group := parser.add_argument_group("photos")).add_argument
     add("--data", type=Path, default=Path("inaturalist_12k"), metavar="DIR",
-        help="has train/<Class>/ and, for the test, val/<Class>/; or class folders alone")
+        help="has train/<Class>/ and val/<Class>/, the test; or class folders alone")
     add("--download", action="store_true", help="fetch iNaturalist-12K first, if it is missing")
     disk.add_split_options(group, fraction=0.25)
-    add("--split", type=Path, metavar="FILE", help="a manifest, instead of the fractions")
+    add("--split", type=Path, metavar="FILE", help="made by dataset_split.py; replaces fractions")
     add("--image-size", type=disk.number(int, 64, 4096), default=224, metavar="N",
         help="the network sees N x N pixels (default: 224)")
-    add("--workers", type=size, default=count_cores(), metavar="N", help="default: one a core")
+    add("--workers", type=size, default=count_cores(), metavar="N", help="threads (one a core)")
     add("--cache", type=Path, default=Path(".cache"), metavar="DIR", help="default .cache; or none")
     group = parser.add_argument_group("network")
     add = group.add_mutually_exclusive_group().add_argument
     add("--weights", default="IMAGENET1K_V2", metavar="SPEC",
-        help="IMAGENET1K_V2 (default) or _V1, a ResNet50 state dict, a best.pt, or none")
+        help="IMAGENET1K_V2 (default) or _V1, a ResNet50 state dict, a best.pt, or none (random)")
     add("--from-scratch", action="store_true", help="train a small CNN from random weights instead")
     group.add_argument("--freeze", type=disk.number(int, 0, 9), metavar="N", help="""freeze the
-        first N of conv1, bn1, relu, maxpool, layer1-4, avgpool (default: 6) or block1-5 (4)""")
+        first N of conv1, bn1, relu, maxpool, layer1-4, avgpool (6; small CNN: 4; random: 0)""")
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, help="default: tuned; random weights: scratch")
     add("--epochs", type=size, metavar="N", help="default: 5; scratch: 40")
-    add("--batch-size", type=size, metavar="N", help="photos a step (default: 32; others: 64)")
-    add("--lr-head", type=rate, metavar="LR", help="of fc (default: 1e-3)")
-    add("--lr-backbone", type=rate, metavar="LR", help="below fc (default: 1e-4; scratch: 1e-3)")
+    add("--batch-size", type=size, metavar="N", help="photos a step (32; other recipes: 64)")
+    add("--lr-head", type=rate, metavar="LR", help="learning rate of fc (default: 1e-3)")
+    add("--lr-backbone", type=rate, metavar="LR", help="of other layers (1e-4; scratch: 1e-3)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: auto")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
     group = parser.add_argument_group("runs and trained networks")
     group.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<date-time>")
     add = group.add_mutually_exclusive_group().add_argument
     add("--demo", action="store_true", help="transfer learning on drawn pictures, in one minute")
-    add("--resume", type=Path, metavar="RUN", help="go on after the last finished epoch")
+    add("--resume", type=Path, metavar="RUN", help="resume after the last finished epoch")
     add("--evaluate", type=Path, metavar="CKPT", help="score a checkpoint on the test photos")
     add("--predict", nargs="+", metavar=("CKPT", "PHOTO"), help="classify photos and folders")
     return parser
@@ -154,21 +154,21 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if "--" in argv:  # photos follow whose names may begin with a dash
         argv[argv.index("--"):] = [os.path.join(".", x) for x in argv[argv.index("--") + 1:]]
     if any(re.match("--local.rank", word) for word in argv):
-        parser.error("--local-rank is the old launcher's: start torchrun --nproc-per-node=N Q3.py")
+        parser.error("--local-rank is the old launcher's: use torchrun --nproc-per-node=N Q3.py")
     defaults = vars(parser.parse_args([]))
     typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
     typed = {name: value for name, value in typed.items() if value is not None}
     for option, allowed in BESIDE.items():
         if option in typed and (others := sorted(typed.keys() - allowed - {option})):
-            parser.error(f"--{others[0].replace('_', '-')} can't be given with --{option}, which "
-                         "settles it: leave it out, or start a new run (from its --weights)")
+            parser.error(f"--{others[0].replace('_', '-')} can't be given with --{option}: "
+                         "leave it out, or start a new run")
     args = argparse.Namespace(**defaults | typed, typed=typed)
     args.weights = "none" if args.from_scratch else args.weights
     args.recipe = args.recipe or ("scratch" if args.weights == "none" else "tuned")
     for name in ("batch_size", "lr_head", "lr_backbone", "epochs"):
         setattr(args, name, getattr(args, name) or getattr(RECIPES[args.recipe], name))
     if args.weights == "none" and RECIPES[args.recipe].hold_batchnorm:
-        parser.error("random weights can't learn with --recipe tuned: give scratch or reference")
+        parser.error("--recipe tuned needs trained weights: give --recipe scratch or reference")
     if args.split and typed.keys() & {"fraction", "val_fraction", "test_fraction"}:
         parser.error("--split FILE says which photos are used: leave the fractions out")
     return args
@@ -192,7 +192,7 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def from_rank_0(function, *args):
-    """What the function gives rank 0, in every process. If it fails, torchrun ends them all."""
+    """The function's result on rank 0, in every process. If it fails, torchrun ends them all."""
     result = [function(*args) if RANK == 0 else None]
     if WORLD_SIZE > 1:
         distributed.broadcast_object_list(result, 0, device=torch.device("cpu"))
@@ -200,7 +200,7 @@ def from_rank_0(function, *args):
 
 
 def end_on_signals() -> None:
-    """Let SIGTERM and SIGUSR1, which schedulers send, and a closed terminal end a run as Ctrl-C."""
+    """Let SIGTERM, SIGUSR1 (schedulers send them) and a closed terminal end a run like Ctrl-C."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         number = getattr(signal, name, signal.SIGINT)
         if RANK == 0 and signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
@@ -233,17 +233,17 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device; small ones come while a GPU still computes something else."""
+    """The tensor on the device; a GPU needn't finish its work first."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 # -- Photos: files -> uint8 pixels, once -----------------------------------------------------------
 def read_photo(file: Path, size: int, border: float | None) -> torch.Tensor | InputError:
-    """A photo as the network sees it, upright: uint8 (size, size, 3), RGB. `border` is the part of
-    the short side left out at each edge of a square in the middle; None squashes the whole photo.
-    Returns, not raises, an InputError if it is no photo, damaged, or of over 89 million pixels."""
+    """A photo as the network sees it, upright: uint8 (size, size, 3), RGB. `border` is the fraction
+    of the short side cut at each edge of a square in the middle; None squashes the whole photo.
+    Returns, not raises, an InputError: no photo, a damaged one, or of over 89 million pixels."""
     if not os.path.isfile(file):  # opening a pipe would wait forever
-        return InputError(f"'{file}' is no file, or a folder without photos")
+        return InputError(f"'{file}' is not a file, or is a folder without photos")
     try:
         with Image.open(file, formats=FORMATS) as image:
             image.load()
@@ -265,7 +265,7 @@ def read_photo(file: Path, size: int, border: float | None) -> torch.Tensor | In
 
 
 def fingerprint(*facts) -> str:
-    """A short name for these facts, which changes when one of them does."""
+    """A short hash of these facts."""
     return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
@@ -284,11 +284,11 @@ class Cache:
     def __init__(self, folder: Path, names: list[str], shape: tuple[int, ...], dtype: torch.dtype):
         self.folder, self.names, self.shape, self.dtype = folder, names, shape, dtype
         self.nbytes = math.prod(shape) * dtype.itemsize  # of a tensor
-        with disk.disk_errors(f"--cache '{folder.parent}' can't be used"):
+        with disk.disk_errors(f"--cache '{folder.parent}' can't be used, give another"):
             folder.mkdir(parents=True, exist_ok=True)
 
     def missing(self, rank: int = 0, count: int = 1) -> torch.Tensor:
-        """Which files are to be written, by position, int64; of `count` shares number `rank`."""
+        """Positions (int64) of the files to write; of `count` processes, those for `rank`."""
         with disk.disk_errors(f"--cache '{self.folder.parent}' can't be used"):
             sizes = [file.stat().st_size if file.exists() else None
                      for file in map(self.folder.joinpath, self.names)]
@@ -320,7 +320,7 @@ class Cache:
             for tensor, position in zip(found, positions.tolist()):
                 with open(self.folder / self.names[position], "rb") as file:
                     if file.readinto(tensor.view(torch.uint8).numpy()) < self.nbytes:
-                        raise OSError(f"'{file.name}' is cut off: delete it")
+                        raise OSError(f"'{file.name}' is truncated: delete it")
         return found
 
 
@@ -336,8 +336,8 @@ class Photos:
 
 def load_photos(parts: dict[str, list], folders: dict[str, Path], cache: Path, size: int,
                 border: float | None, workers: int) -> tuple[list[Photos], dict[Path, str]]:
-    """Decode the photos of all parts, (file, label) pairs, which lie in these folders, unless the
-    cache has them. Returns the photos of each part, and what is wrong with those left out."""
+    """Decode photos that the cache lacks. `parts` has (file, label) pairs, `folders` what paths are
+    relative to. Returns the photos of each part, and what is wrong with those left out."""
     place = cache / f"pixels-{fingerprint(size, border, Image.__version__, CACHE_FORMAT)}"
     loaded, damaged = [], {}
     for part, pairs in parts.items():
@@ -350,7 +350,7 @@ def load_photos(parts: dict[str, list], folders: dict[str, Path], cache: Path, s
         lost = {label for _, label in pairs} - {pairs[index][1] for index in whole}
         if bad := [str(error) for index, error in errors.items()
                    if part == "test" or pairs[index][1] in lost]:
-            raise InputError(f"replace {len(bad)} damaged photos, {part}: {'; '.join(bad[:3])}")
+            raise InputError(f"replace {len(bad)} damaged {part} photos: {'; '.join(bad[:3])}")
         damaged |= {files[index]: str(error) for index, error in errors.items()}
         pixels.names = [pixels.names[index] for index in whole]
         paths = [files[index].relative_to(folders[part]).as_posix() for index in whole]
@@ -360,7 +360,7 @@ def load_photos(parts: dict[str, list], folders: dict[str, Path], cache: Path, s
             checksums[path] = hashlib.sha256(image.numpy()).hexdigest()[:16]
             plain += [path] * bool((image == image[0, 0]).all())
         if plain:
-            print(f"ONE COLOUR  {len(plain):,} photos in {part}, as '{plain[0]}': look at them")
+            print(f"ONE COLOUR  {len(plain):,} photos in {part}, e.g. '{plain[0]}': check them")
         labels = torch.tensor([pairs[index][1] for index in whole])
         loaded.append(Photos(paths, labels, pixels, checksums))
     return loaded, damaged
@@ -391,8 +391,8 @@ def trained_network(checkpoint: dict) -> nn.Module:
 
 
 def read_weights(spec: str, scratch: bool = False) -> tuple[str, dict[str, torch.Tensor] | None]:
-    """The architecture and the state dict that --weights names; for none: which, and no dict.
-    Raises InputError: they can't be had, or this is no file."""
+    """The architecture and the state dict (for none: None) that --weights names. Raises InputError:
+    they can't be fetched, or it is not a file of tensors."""
     if spec == "none":
         return "small_cnn" if scratch else "resnet50", None
     file = Path(spec)
@@ -404,10 +404,10 @@ def read_weights(spec: str, scratch: bool = False) -> tuple[str, dict[str, torch
                 file.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, str(file), file.stem[-8:])
         except (OSError, RuntimeError) as error:  # network or disk; a wrong hash
-            raise InputError(f"--weights {spec} can't be had ({error}): try again, or download "
+            raise InputError(f"--weights {spec} can't be fetched ({error}): try again, or download "
                              f"{url} and give --weights PATH, or try --demo") from None
     elif not file.is_file():
-        raise InputError(f"--weights '{spec}' is no file, nor one of "
+        raise InputError(f"--weights '{spec}' is not a file, nor one of "
                          f"{', '.join(ResNet50_Weights.__members__)}, none")
     state, architecture = load_tensors(file), "resnet50"
     for wrapper in ("model", "state_dict", "model_state_dict"):  # checkpoints of this and of others
@@ -478,7 +478,7 @@ class FineTuned(nn.Module):
 # -- Feature maps, once a photo, and batches of their crops ----------------------------------------
 def cache_maps(model: FineTuned, parts: list[Photos]) -> str:
     """Compute the maps of these parts once, if half of the free disk and a quarter of an NVIDIA
-    GPU's free memory hold them; else each step computes them again. Says what became of it."""
+    GPU's free memory hold them; else each step computes them again. Says which."""
     weights = [hashlib.sha256(value.float().cpu().numpy().tobytes()).hexdigest()
                for value in model.trunk.state_dict().values()]
     pixels, device = parts[0].pixels, model.device
@@ -492,13 +492,13 @@ def cache_maps(model: FineTuned, parts: list[Photos]) -> str:
     no_room = to_write > shutil.disk_usage(pixels.folder).free / 2 or (
         device.type == "cuda" and size > torch.cuda.mem_get_info()[0] / 4)
     if summed(torch.tensor(int(no_room))):  # in any process
-        return f"it runs in each step: no room for {size / 1e9:.1f} GB of feature maps"
+        return f"runs in each step: no room for {size / 1e9:.1f} GB of feature maps"
     for part, maps in zip(parts, caches):
         maps.fill("Trunk maps", 32, lambda some, pixels=part.pixels: model.maps(send(
             pixels[some.repeat(32)[:32]], device)).cpu())  # always 32, as rounding depends on it
         part.maps = maps if device.type != "cuda" else torch.cat(
             [send(maps[some], device) for some in torch.arange(len(part.labels)).split(256)])
-    return f"each photo passed it once: {size / 1e9:.2f} GB of feature maps"
+    return f"runs once a photo: {size / 1e9:.2f} GB of feature maps"
 
 
 def crop(maps: torch.Tensor, offsets: torch.Tensor, width: float) -> torch.Tensor:
@@ -511,7 +511,7 @@ def crop(maps: torch.Tensor, offsets: torch.Tensor, width: float) -> torch.Tenso
 
 
 def draw_epoch(count: int, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """An order of so many photos, int64 (count,), and offsets of their crops, float32 (count, 2).
+    """A random order of photos, int64 (count,), and offsets of their crops, float32 (count, 2).
     They depend on seed and epoch alone, so that all processes and a resumed run agree."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator), torch.rand(count, 2, generator=generator)
@@ -548,7 +548,7 @@ def build_optimizer(model: FineTuned, lr_head: float, lr_backbone: float) -> tor
 
 
 def warmup_cosine(step: int, steps: int) -> float:
-    """What the learning rates are multiplied with in step number `step`, from 0: it rises to 1 in
+    """What the learning rates are multiplied by in step number `step`, from 0: it rises to 1 in
     the first WARMUP of the steps, then falls to 0 along a cosine (SGDR, Loshchilov and Hutter)."""
     rising = (step + 1) / (WARMUP * steps + 1)
     falling = (1 + math.cos(math.pi * max(0, step / steps - WARMUP) / (1 - WARMUP))) / 2
@@ -582,7 +582,7 @@ def fit_head(model: FineTuned, train: Photos, batch_size: int) -> tuple[float, f
     mean = features.mean(0)
     overall = features.sub_(mean).std()
     if not 1e-6 * mean.abs().max() < overall < math.inf:  # equal, but for rounding
-        raise InputError("features are equal or not finite: try --cache none, --amp off, --weights")
+        raise InputError("features equal or not finite: try --cache none, --amp off, new --weights")
     scale = (overall * (features.std(0) + overall / 1000)).sqrt()  # half way to equal deviations
     features.div_(scale)
     head = nn.Linear(features.shape[1], model.head.out_features)
@@ -626,8 +626,8 @@ def train_epoch(learner: nn.Module, loader, optimizer: torch.optim.Optimizer,
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-    """What to divide logits by, so that of photos with 80 % confidence about 80 % are correct (Guo
-    et al., ICML 2017); nearer to 1 if the photos are few. Also the lowest loss at any of them."""
+    """The temperature to divide logits by, so that of photos with 80 % confidence about 80 % are
+    correct (Guo et al., ICML 2017), nearer to 1 for few photos; the lowest loss at any."""
     candidates = torch.logspace(-1, 1, 401)
     losses = torch.stack([F.cross_entropy(logits / each, labels) for each in candidates])
     fitted = (losses + 10 * candidates.log().square() / len(labels)).argmin()
@@ -635,7 +635,7 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, 
 
 
 def best_epoch(history: list[dict]) -> int:
-    """The epoch with the lowest calibrated loss: the accuracy of few photos is mostly chance."""
+    """The epoch with the lowest calibrated loss: accuracy on few photos is noisy."""
     return min(history, key=lambda row: row["calibrated_loss"])["epoch"]
 
 
@@ -668,7 +668,7 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
             args.freeze = 0 if state is None else 4 if args.architecture == "small_cnn" else 6
     model = FineTuned(network, args.freeze, device, precision, recipe.hold_batchnorm)
     if WORLD_SIZE > 1 and not recipe.hold_batchnorm:
-        raise InputError("this recipe learns BatchNorm's statistics: use one process")
+        raise InputError(f"--recipe {args.recipe} needs one process: start it without torchrun")
     learner = model if WORLD_SIZE == 1 else nn.parallel.DistributedDataParallel(
         model, broadcast_buffers=False)
 
@@ -680,11 +680,11 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
             disk.report_same_photos(
                 run, train=train.checksums, val=val.checksums, test=test.checksums)
         if damaged and RANK == 0:
-            print(f"LEFT OUT    {len(damaged)} damaged, as {min(damaged)}: {run / 'damaged.csv'}")
+            print(f"LEFT OUT    {len(damaged)} damaged, e.g. {min(damaged)}: {run / 'damaged.csv'}")
             write_csv(run / "damaged.csv", [{"path": f, "problem": damaged[f]} for f in damaged])
         print(f"Trunk       {cache_maps(model, [train, val])}")
 
-        # The optimiser; a resumed run goes on where it was
+        # The optimiser; a resumed run continues where it was
         optimizer = build_optimizer(model, args.lr_head, args.lr_backbone)
         scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         facts = describe_run(args, model, split.manifest["classes"])
@@ -692,7 +692,7 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
         history = resumed.get("history", [])
         if resumed:
             if differ := dict(resumed["checksums"].items() ^ checksums.items()):
-                raise InputError(f"{len(differ)} photos or Pillow changed since the run began, as "
+                raise InputError(f"{len(differ)} photos or Pillow changed since the start, e.g. "
                                  f"{min(differ)!r}: start another run")
             optimizer.load_state_dict(resumed["optimizer"])
             for value, state in optimizer.state.items():  # fused Adam needs the weights' layout
@@ -700,7 +700,7 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
                               for key, old in state.items() if old.dim()})
             scaler.load_state_dict(resumed["scaler"] or scaler.state_dict())  # {}: not float16
         if recipe.fit_head:
-            print("\nEpoch 0 fits fc alone. The others soften fc and crop the maps: a higher loss."
+            print("\nEpoch 0 fits fc alone. Then fc is scaled down, maps are cropped: losses rise."
                   "\nThe epoch with the lowest calibrated loss of validation will be tested.")
         print("\nEpoch | Train Loss | Train Acc | Val Loss | Val Acc | Calibrated", *(
             ROW.format(**row) for row in history), sep="\n")
@@ -755,7 +755,7 @@ def fine_tune(args: argparse.Namespace) -> tuple[FineTuned, list[dict], dict]:
 
 def demo(args: argparse.Namespace) -> None:
     """Pre-train a small network on drawn pictures. Then fine-tune it on a few pictures of other
-    classes, and train one from scratch on the same. An interrupted demo goes on."""
+    classes, and train one from scratch on the same. An interrupted demo resumes."""
     disk.draw_demo(Path("demo"))
     results = {}
     for name, options in DEMO.items():
@@ -779,7 +779,7 @@ def demo(args: argparse.Namespace) -> None:
 # -- What serves the job: several processes, files, the test, use, pictures ------------------------
 @contextmanager
 def run_folder(args: argparse.Namespace):
-    """The folders of the run and of its cache. An interrupted run says how to go on."""
+    """The folders of the run and of its cache. An interrupted run says how to resume."""
     run = args.out = args.resume or args.out or Path("runs", from_rank_0(
         datetime.now().strftime, "%Y-%m-%d_%H-%M-%S.%f"))
     lock = from_rank_0(disk.claim_folder, run, bool(args.resume))
@@ -793,8 +793,8 @@ def run_folder(args: argparse.Namespace):
         start = f"torchrun --nproc-per-node={LOCAL_WORLD_SIZE}" if WORLD_SIZE > 1 else "python"
         job = "--demo" if run.parent == DEMO_RUNS else f"--resume {shlex.quote(str(run))}"
         command = f"{start} {shlex.quote(sys.argv[0])} {job}"
-        raise KeyboardInterrupt(f"go on with: {command}" if (run / "last.pt").exists() else
-                                "nothing was kept, type the command again") from None
+        raise KeyboardInterrupt(f"resume with: {command}" if (run / "last.pt").exists() else
+                                "nothing was saved, run the command again") from None
     finally:
         if RANK == 0:
             if str(args.cache) == "none":
@@ -849,9 +849,9 @@ def load_tensors(file: Path):
             return torch.load(content, map_location="cpu", weights_only=True)
         problem = f"damaged in its part {damaged!r}"
     except Exception as error:  # torch.load raises any kind for other files
-        problem = " ".join(re.findall(r"GLOBAL \S+", str(error))) or "no torch file"
-    raise InputError(f"'{file}' can't be used ({problem}): delete it if it was fetched, or give "
-                     "a file of tensors that torch.save wrote, no TorchScript, safetensors or code")
+        problem = " ".join(re.findall(r"GLOBAL \S+", str(error))) or "not a torch file"
+    raise InputError(f"'{file}' can't be used ({problem}): delete it if it was downloaded, or give "
+                     "a file of tensors by torch.save, not TorchScript, safetensors or code")
 
 
 def load_checkpoint(file: Path, part: str = "model") -> dict:
@@ -864,7 +864,7 @@ def load_checkpoint(file: Path, part: str = "model") -> dict:
 
 
 def score(model: FineTuned, photos: Photos, checkpoint: dict, args, history=()) -> dict:
-    """Test a checkpoint, which the model has loaded; write and return what it came to."""
+    """Test a checkpoint, which the model has loaded; write and return its report."""
     logits = predict(model, photos, args.batch_size, "test")
     if RANK > 0:
         return {}
@@ -944,9 +944,9 @@ def evaluate(args: argparse.Namespace) -> None:
     train_folder, test_folder = disk.part_folders(args.data)
     folder, classes = test_folder or train_folder, checkpoint["classes"]
     photos = disk.list_photos(folder, least=1)
-    if not photos.keys() <= set(classes):
-        raise InputError(f"'{folder}' has classes that the network has not learnt: "
-                         f"{disk.differences(classes, photos)}")
+    if unknown := sorted(photos.keys() - {*classes}):
+        raise InputError(f"'{folder}' has classes that the network has not learnt, e.g. "
+                         f"{unknown[0]!r}: rename them (accents too: NFC, NFD), or move them away")
     paths = [path for name in photos for path in photos[name]]
     aside = checkpoint["split"].get("test", [])
     chosen = aside if aside and "data" not in args.typed else paths  # the run's own test part
@@ -956,7 +956,7 @@ def evaluate(args: argparse.Namespace) -> None:
                                  checkpoint["preprocessing"]["border"], args.workers)
         print(f"Photos      {len(chosen):,} of {len(paths):,} in '{folder}'")
         if learnt := {*test.checksums.values()} & {*checkpoint["checksums"].values()}:
-            print(f"Note        {len(learnt):,} of the photos took part in training: optimistic")
+            print(f"Note        {len(learnt):,} of the photos were in training: an optimistic test")
         score(model, test, checkpoint, args)
 
 
@@ -989,12 +989,12 @@ def classify(args: argparse.Namespace) -> None:
                     cell for share, label in zip(*next(top))
                     for cell in (classes[label], f"{share:.4f}")]))
     if not read:
-        raise InputError("no photo could be read: give photos or folders after the checkpoint")
+        raise InputError("no photo given or readable: give photos or folders after the checkpoint")
 
 
 @contextmanager
 def picture(file: Path, width: float, height: float):
-    """A matplotlib figure of so many inches, written in the end."""
+    """A matplotlib figure of this size in inches, saved at the end."""
     import matplotlib.figure
     image = io.BytesIO()
     with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
@@ -1075,7 +1075,7 @@ def main(args: argparse.Namespace) -> None:
         store, rank, world_size = next(distributed.rendezvous("env://"))
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank,
-            world_size=world_size, timeout=timedelta(days=1))  # a download takes its time
+            world_size=world_size, timeout=timedelta(days=1))  # a download can take hours
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - rank 0 prints
     try:
@@ -1089,8 +1089,8 @@ def main(args: argparse.Namespace) -> None:
             sys.exit(2)  # this process waited for one that has ended
         if not re.search("MemoryError|out of memory|allocate memory|start new thread", repr(error)):
             raise
-        raise InputError(f"too little memory or threads ({error}): lower --batch-size, "
-                         "--image-size or --workers") from None
+        raise InputError(f"too little memory or threads ({error}): lower --workers, or "
+                         "in a new run --batch-size or --image-size") from None
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
     python dataset_split.py --data my_photos --out mine.json      for Q3.py --split mine.json
     python dataset_split.py --materialize DIR --mode copy         folders for other tools
 
-The photos of a class are ordered by a hash of (seed, path). The first --fraction of them is used,
-evenly spaced ones of these are validation: no photo moves between the two when the fraction grows.
-Without val/ a test part is set aside first. Q3.py makes the same split.
+The photos of a class are ordered by a hash of (seed, path). The first --fraction of them is used;
+of these, evenly spaced ones are validation. So no photo moves between training and validation
+when the fraction grows. Without val/ a test part is set aside first. Q3.py makes the same split.
 """
 
 import argparse
@@ -40,7 +40,7 @@ PARTS = ("train", "val", "test")
 PART_NAMES = (*PARTS, "training", "valid", "validation", "testing")  # never the name of a class
 MANIFEST_FORMAT = 1
 TEST_FRACTION = 0.2  # of each class, where there is no val/
-_composed = partial(unicodedata.normalize, "NFC")  # macOS decomposes accented letters
+_composed = partial(unicodedata.normalize, "NFC")  # macOS may decompose accented letters
 
 
 class InputError(Exception):
@@ -58,12 +58,12 @@ def disk_errors(words: str):
 
 # -- Which photos there are ------------------------------------------------------------------------
 def find_data(folder: str | os.PathLike) -> Path:
-    """The data folder, in any case: the archive unpacks to inaturalist_12K. Raises InputError."""
+    """The data folder, in upper or lower case: the archive unpacks to inaturalist_12K."""
     folder = Path(folder)
     for place in (folder, *folder.parent.glob("*")):
         if place.name.lower() == folder.name.lower() and os.path.isdir(place):
             return place
-    what = "is a file, no folder" if folder.exists() else f"is not in {Path.cwd()}"
+    what = "is a file, not a folder" if folder.exists() else f"is not in {Path.cwd()}"
     raise InputError(f"data folder '{folder}' {what}: name yours with --data, or try Q3.py with "
                      f"--demo, or with --download (3.8 GB, {ARCHIVE})")
 
@@ -85,7 +85,7 @@ def list_photos(folder: Path, least: int = 2) -> dict[str, list[str]]:
     files = photos_in(folder)
     for place in folder.iterdir():
         if not place.exists():
-            raise InputError(f"'{place}' is a link to nothing: mend it, or move it away")
+            raise InputError(f"'{place}' is a broken link: repair it, or move it away")
     photos = {place.name: [] for place in sorted(folder.iterdir()) if _may_hold_photos(place)}
     paths = [file.relative_to(folder).as_posix() for file in files]
     for path in (path for path in paths if "/" in path):
@@ -93,9 +93,9 @@ def list_photos(folder: Path, least: int = 2) -> dict[str, list[str]]:
     if empty := [name for name in photos if not photos[name]]:
         raise InputError(f"'{folder / empty[0]}' has no photos: fill it, or move it away")
     if len(photos) < least:
-        raise InputError(f"'{folder}' has {len(photos)} class folders, and {least} are needed")
+        raise InputError(f"'{folder}' has {len(photos)} class folders, needs {least}: check --data")
     if beside := [path for path in paths if "/" not in path]:
-        print(f"Left out    {len(beside):,} photos beside the class folders, as '{beside[0]}'")
+        print(f"Left out    {len(beside):,} photos beside the class folders, e.g. '{beside[0]}'")
     return photos
 
 
@@ -126,7 +126,7 @@ def photos_in(place: Path) -> list[Path]:
 
 
 def _may_hold_photos(place: Path) -> bool:
-    """Whether this is a folder, none that systems make (as @eaDir), and no link that leads back."""
+    """Whether this is a folder, not a system's (as @eaDir), and not a link to one it lies in."""
     return (place.is_dir() and place.name[0] not in ".@#$~" and place.name not in SYSTEM_FOLDERS
             and not any(place.samefile(parent) for parent in place.absolute().parents))
 
@@ -141,7 +141,7 @@ class Split:
 
 
 def split(photos: dict[str, list[str]], fraction: float, val_fraction: float, seed: int) -> dict:
-    """The manifest: of each class `fraction` is used, of these `val_fraction` is validation. Raises
+    """The manifest: `fraction` of each class is used, `val_fraction` of that for validation. Raises
     InputError if a class is too small for both."""
     train, val, small, share = [], [], [], Fraction(str(val_fraction))
     for name, paths in photos.items():
@@ -152,7 +152,7 @@ def split(photos: dict[str, list[str]], fraction: float, val_fraction: float, se
             in_val = round((k + 1) * share) > round(k * share)
             (val if in_val else train).append(path)
     if small:
-        raise InputError(f"too small: {', '.join(small)}. Add photos, or change the fractions")
+        raise InputError(f"classes too small: {', '.join(small)}: add photos, or change fractions")
     return {"format": MANIFEST_FORMAT, "fraction": fraction, "val_fraction": val_fraction,
             "seed": seed, "classes": sorted(photos), "train": sorted(train), "val": sorted(val)}
 
@@ -225,11 +225,11 @@ def report_same_photos(out: Path, **parts: dict[str, str]) -> None:
                 rows.append({"path": first, "part": first_part, "same_as": path, "its_part": part})
     if rows:
         write_csv(out / "same_photos.csv", rows)
-        print(f"Same photo  {len(rows)} times in two parts or classes: {out / 'same_photos.csv'}")
+        print(f"Copies      {len(rows)} in other parts or classes, see {out / 'same_photos.csv'}")
 
 
 def read_manifest(file: str | os.PathLike) -> dict:
-    """A manifest, not yet compared with the photos. Raises InputError: unreadable, or none."""
+    """A manifest, not yet compared with the photos. Raises InputError: unreadable, or not one."""
     with disk_errors(f"split '{file}' can't be read"):
         text = Path(file).read_bytes()
     with suppress(ValueError, TypeError, KeyError, AttributeError):  # other JSON, or none
@@ -238,7 +238,7 @@ def read_manifest(file: str | os.PathLike) -> dict:
         if (manifest["format"] == MANIFEST_FORMAT and 0 < manifest["fraction"] <= 1
                 and {type(name) for name in names} == {str}):
             return manifest
-    raise InputError(f"split '{file}' is not a manifest of format {MANIFEST_FORMAT}")
+    raise InputError(f"split '{file}' is not a manifest of format {MANIFEST_FORMAT}: make another")
 
 
 def check_manifest(manifest: dict, photos: dict[str, list[str]], name: str, has_val: bool) -> None:
@@ -247,15 +247,15 @@ def check_manifest(manifest: dict, photos: dict[str, list[str]], name: str, has_
     named = Counter(path for paths in parts for path in paths)
     there, problem = {path for paths in photos.values() for path in paths}, ""
     if has_val == ("test" in manifest):
-        problem = "has test photos, as the data has" if has_val else "has no test photos, nor val/"
+        problem = "has test photos, as val/ has" if has_val else "has no test photos, nor val/"
     elif manifest["classes"] != sorted(photos):
         problem = f"and the data differ in classes: {differences(manifest['classes'], photos)}"
     elif wrong := [path for path in named if path not in there or named[path] > 1]:
-        problem = f"names photos that are not there, or twice ({len(wrong)}), as {wrong[0]!r}"
+        problem = f"names photos that are missing, or twice ({len(wrong)}), e.g. {wrong[0]!r}"
         if _composed(wrong[0]) in map(_composed, there - {wrong[0]}):
             problem += " (which is there with accents in another encoding: NFC, NFD)"
     elif any({path.split("/", 1)[0] for path in paths} < photos.keys() for paths in parts):
-        problem = "has a part without photos of some class"
+        problem = "has no photos of some class in train, val or test"
     if problem:
         raise InputError(f"{name} {problem}: give the --data it was made from, or make another")
 
@@ -268,9 +268,9 @@ def differences(ours, theirs) -> str:
     return f"only one has {', '.join(map(repr, names[:3]))}{' ...' * bool(names[3:])}"
 
 
-# -- Files that are whole at any moment, and folders -----------------------------------------------
+# -- Files that are written whole, and folders ----------------------------------------------------
 def write_whole(file: Path, data: bytes, sync: bool = True) -> None:
-    """Replace a file whole, also if killed; with `sync`, if the power fails. Raises InputError."""
+    """Replace a file atomically: safe if killed; with `sync`, if power fails. Raises InputError."""
     aside = file.with_name(f".{file.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     with disk_errors(f"'{file}' can't be written{'' if sync else ', give another --cache'}"):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -330,7 +330,7 @@ def refuse_inside_photos(data: Path, *folders: Path) -> None:
 def _whole_folder(target: Path):
     """A new folder to fill. It becomes `target` at the end, and is deleted after an exception."""
     if os.path.lexists(target):
-        raise InputError(f"'{target}' is in the way: move it away, or choose another folder")
+        raise InputError(f"'{target}' exists already: move it away, or choose another folder")
     target = target.resolve()
     aside = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(aside, ignore_errors=True)  # left by a command that was killed
@@ -345,7 +345,7 @@ def _whole_folder(target: Path):
 def materialize(manifest: dict, source: Path, target: Path, mode: str) -> None:
     """Fill target/<part>/<Class>/ with links to the photos in `source`, or copies of them."""
     place = {"symlink": os.symlink, "hardlink": os.link, "copy": shutil.copy2}[mode]
-    with disk_errors(f"no {mode} can be made in '{target}'"), _whole_folder(target) as new:
+    with disk_errors(f"'{target}': no {mode} (try another --mode)"), _whole_folder(target) as new:
         for part in PARTS:
             for path in manifest.get(part, []):
                 (new / part / path).parent.mkdir(parents=True, exist_ok=True)
@@ -389,7 +389,7 @@ def draw_picture(name: str, seed, width: int = 80, height: int = 64):
         "Rings": np.sin(1.5 * r) > 0, "Spirals": np.sin(r + 2 * angle) > 0,
         "Triangles": r * np.cos(angle % (2 * np.pi / 3) - np.pi / 3) < 3,
         "Stripes": np.sin(x) > 0, "Waves": np.sin(y + 2 * np.sin(x)) > 0}
-    if name in FORMULAS:  # two waves; in every other class only a disc of them
+    if name in FORMULAS:  # two waves; in classes of odd number only a disc of them
         number = FORMULAS.index(name)
         factors = np.random.default_rng(number).integers(-2, 3, (2, 4))
         waves = np.sin(np.tensordot(factors, (x / 2, y / 2, r / 2, angle), 1)).sum(0)
@@ -402,7 +402,7 @@ def draw_picture(name: str, seed, width: int = 80, height: int = 64):
 
 
 def download(folder: Path, url: str = ARCHIVE) -> None:
-    """Make `folder` of a zip archive, of which a part may be here already. Raises InputError."""
+    """Download a zip archive, or the rest of it, and unpack it as `folder`. Raises InputError."""
     with suppress(InputError):
         folder = find_data(folder)
     if os.path.isdir(folder / "train") and os.path.isdir(folder / "val"):
@@ -412,12 +412,12 @@ def download(folder: Path, url: str = ARCHIVE) -> None:
         _fetch(url, archive)
         _unpack(archive, new)
         if not ((new / "train").is_dir() and (new / "val").is_dir()):
-            raise InputError(f"'{archive}' holds no train/ and val/: it is another archive")
+            raise InputError(f"'{archive}' holds no train/ and val/: delete it, and try again")
     archive.unlink()
 
 
 def _fetch(url: str, file: Path) -> None:
-    """Make `file` the whole archive. Bytes that are here already are not fetched again."""
+    """Download the archive to `file`. Bytes that are here already are not fetched again."""
     from tqdm import tqdm
     print(f"Fetching    {url}", flush=True)
     have = file.stat().st_size if file.exists() else 0
@@ -430,11 +430,11 @@ def _fetch(url: str, file: Path) -> None:
                   tqdm.wrapattr(response, "read", size, initial=start, disable=None) as reader):
                 shutil.copyfileobj(reader, stream, 2**20)
         if file.stat().st_size < size:
-            raise OSError("it broke off")
+            raise OSError("connection lost")
     except (OSError, http.client.HTTPException) as error:
         if getattr(error, "code", None) != 416:  # 416: nothing comes after the bytes we have
-            raise InputError(f"can't fetch {url} ({error}): the same command goes on with what is "
-                             "here, and Q3.py --demo needs no network") from None
+            raise InputError(f"can't fetch {url} ({error}): give the command again to resume it, "
+                             "or try Q3.py --demo, which needs no network") from None
 
 
 def _unpack(archive: Path, folder: Path) -> None:
@@ -472,13 +472,13 @@ def add_split_options(group, fraction: float) -> None:
     """Add the options that both commands share. With the same values they make the same split."""
     part = number(float, 0.001, 0.999)
     group.add_argument("--fraction", type=number(float, 0.001, 1), default=fraction,
-                       metavar="F", help="part of each class to use (default: %(default)s)")
+                       metavar="F", help="fraction of each class to use (default: %(default)s)")
     group.add_argument("--val-fraction", type=part, default=0.2, metavar="V",
-                       help="part of these that is validation (default: %(default)s)")
-    group.add_argument("--test-fraction", type=part, metavar="T", help="without val/: part of each "
-                       f"class that is first set aside for the test (default: {TEST_FRACTION})")
+                       help="fraction of these for validation (default: %(default)s)")
+    group.add_argument("--test-fraction", type=part, metavar="T", help="without val/: fraction "
+                       f"of each class, set aside first for the test (default: {TEST_FRACTION})")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N",
-                       help="which photos are chosen and, in training, their order (default: 0)")
+                       help="of the split and of all randomness in training (default: 0)")
 
 
 def get_args_parser() -> Parser:
@@ -511,7 +511,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     if args.mode and not args.materialize:
-        parser.error("--mode says how --materialize DIR puts photos there: give that, too")
+        parser.error("--mode needs --materialize DIR: give both, or leave --mode out")
     made = load_split(args)
     out = args.out or Path("splits", f"{args.fraction}-{args.val_fraction}-{args.seed}.json")
     refuse_inside_photos(args.data, out, args.materialize or out)
@@ -522,7 +522,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nManifest: {out}")
     if args.materialize:
         materialize(made.manifest, made.folders["train"], args.materialize, args.mode or "symlink")
-        print(f"Folders: {args.materialize} (Q3.py would test on val/ there: give it --split)")
+        print(f"Folders: {args.materialize} (for other tools; for Q3.py there is --split {out})")
 
 
 @contextmanager

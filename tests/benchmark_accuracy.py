@@ -66,7 +66,7 @@ INGREDIENTS = {  # name: (flags of Q3.py, what takes the place of what in it)
     "start of fc on unscaled features": ([], {"torch.Tensor.std": overall_deviation}),
     "without crops": ([], recipe(crop=1.0)),
     "smaller crops, 16 x 16 of 28 x 28": ([], recipe(crop=4 / 7)),
-    "BatchNorm's statistics learnt": ([], recipe(hold_batchnorm=False)),
+    "BatchNorm's statistics updated": ([], recipe(hold_batchnorm=False)),
     "a tenth of the learning rates": (["--lr-head", "1e-4", "--lr-backbone", "1e-5"], {}),
     "constant learning rates": ([], recipe(cosine=False)),
 }

@@ -128,7 +128,7 @@ def test_what_systems_leave_behind_is_left_out_and_counted(data, capsys):
     assert capsys.readouterr().out == (
         f"Left out    files in '{data / 'train'}': 2 .heic, 1 in #recycle, 1 in $RECYCLE.BIN, "
         "2 in @eaDir, 1 in __MACOSX, 1 in lost+found, 1 without an ending\n"
-        "Left out    1 photos beside the class folders, as 'beside.jpg'\n")
+        "Left out    1 photos beside the class folders, e.g. 'beside.jpg'\n")
 
 
 def test_links_are_followed_but_not_in_circles(data, tmp_path):
@@ -148,7 +148,7 @@ def test_links_are_followed_but_not_in_circles(data, tmp_path):
     assert not copy.is_symlink() and copy.samefile(more / "far.jfif")
     (root / "Reptilia").symlink_to("nowhere")
     (root / "Aves/notes.txt").symlink_to("nowhere")  # is no photo, and no harm
-    with pytest.raises(ds.InputError, match=r"Reptilia' is a link to nothing"):
+    with pytest.raises(ds.InputError, match=r"Reptilia' is a broken link"):
         ds.list_photos(root)
 
 
@@ -166,10 +166,10 @@ def test_data_folder_in_either_spelling_and_a_part_that_is_not_read(data, capsys
 
 @pytest.mark.parametrize("folders, words", [
     ({}, ds.ARCHIVE), ({"val/Aves": 9}, "no train/ beside"), ({"Aves": 9, "Test": 9}, "no train/"),
-    ({"train/Aves": 9}, "has 1 class folders, and 2"), ({"train": 9}, "has 0 class"),
+    ({"train/Aves": 9}, "has 1 class folders, needs 2"), ({"train": 9}, "has 0 class"),
     ({"train/Aves": 9, "train/Fungi": 0}, os.path.join("train", "Fungi")),
     ({"train/Aves": 2, "train/Fungi": 1, "val/Aves": 1, "val/Fungi": 1},
-     "too small: 'Aves' (2 of 2 photos used), 'Fungi' (1 of 1 photos used). Add photos"),
+     "too small: 'Aves' (2 of 2 photos used), 'Fungi' (1 of 1 photos used): add photos"),
     ({"Aves": 9, "Fungi": 2}, "too small: 'Fungi'")])
 def test_unusable_data_folders(refused, folders, words):
     for name, count in folders.items():
@@ -224,7 +224,7 @@ def test_a_manifest_is_not_written_among_the_classes(data, refused, monkeypatch)
     assert "would be taken for a class" in refused("dataset_split.py", "--data", ".")
     assert not Path("splits").exists()
     Path(data.parent, "file").touch()
-    assert "is a file, no folder" in refused("dataset_split.py", "--data", data.parent / "file")
+    assert "is a file, not a folder" in refused("dataset_split.py", "--data", data.parent / "file")
 
 
 def test_names_that_differ_in_encoding_only_are_called_so(data):
@@ -264,14 +264,14 @@ def test_module_loads_without_torch_and_a_closed_pipe_is_no_error(code, status):
 
 # -- Manifests that are read -----------------------------------------------------------------------
 @pytest.mark.parametrize("spoil, words", [
-    (lambda m: m["train"].append("Aves/gone.jpg"), "not there, or twice (1), as 'Aves/gone.jpg'"),
-    (lambda m: m["val"].append(m["train"][0]), "not there, or twice (1)"),
+    (lambda m: m["train"].append("Aves/gone.jpg"), "missing, or twice (1), e.g. 'Aves/gone.jpg'"),
+    (lambda m: m["val"].append(m["train"][0]), "missing, or twice (1)"),
     (lambda m: Path("photos/train", m["train"][0]).rename("photos/train/Aves/e\u0301.jpg")
      and m["train"].__setitem__(0, "Aves/\u00e9.jpg"), "accents in another encoding: NFC, NFD)"),
     (lambda m: m["classes"].append("Zebra"), "classes: only one has 'Zebra'"),
     (lambda m: m["classes"].remove("Fungi"), "classes: only one has 'Fungi'"),
-    (lambda m: m["val"].clear(), "a part without photos of some class"),
-    (lambda m: m.update(test=[], test_fraction=0.2), "has test photos, as the data has"),
+    (lambda m: m["val"].clear(), "no photos of some class in train"),
+    (lambda m: m.update(test=[], test_fraction=0.2), "has test photos, as val/ has"),
     (lambda m: shutil.rmtree("photos/val"), "has no test photos, nor val/")])
 def test_manifest_that_does_not_fit_the_data(data, spoil, words):
     manifest = ds.load_split(options(data)).manifest
@@ -315,7 +315,7 @@ def test_same_photos_in_two_parts_or_classes_are_reported(capsys):
     ds.report_same_photos(Path(), train={"Aves/1.jpg": "a", "Aves/2.jpg": "a"}, val={"x/y": "c"})
     assert not Path("same_photos.csv").exists() and not capsys.readouterr().out
     ds.report_same_photos(Path(), train=train, val={"Fungi/3.jpg": "b"})
-    assert "Same photo  2 times" in capsys.readouterr().out
+    assert "Copies      2 in other parts" in capsys.readouterr().out
     assert Path("same_photos.csv").read_text().splitlines() == [
         "path,part,same_as,its_part", "Aves/1.jpg,train,Fungi/1.jpg,train",
         "Fungi/2.jpg,train,Fungi/3.jpg,val"]
@@ -388,7 +388,7 @@ def test_materialize_makes_the_split_as_folders(data, mode):
 
 def test_materialize_refuses_folders_in_use(data, refused):
     Path("tree").mkdir()
-    for target, words in (("tree", "in the way"), (data / "train/sub", "taken for a class")):
+    for target, words in (("tree", "exists already"), (data / "train/sub", "taken for a class")):
         assert words in refused("dataset_split.py", "--data", data, "--materialize", target)
     assert sorted(os.listdir()) == ["photos", "splits", "tree"] and not os.listdir("tree")
     assert "sub" not in os.listdir(data / "train")
@@ -411,7 +411,7 @@ def test_demo_is_drawn_once_and_the_same_everywhere():
     ds.draw_demo(Path("demo"), source=2, train=2, test=1)
     assert Path("demo/target/val/Rings/000.png").read_bytes() == b"mine", "left as it is"
     for make in (ds.draw_demo, ds.download):
-        with pytest.raises(ds.InputError, match="'demo/source' is in the way"):
+        with pytest.raises(ds.InputError, match="'demo/source' exists already"):
             make(Path("demo/source"))
 
 
@@ -465,7 +465,7 @@ def test_download_ends_with_the_whole_data_set(data, serve, have, breaks, ranges
     Path("nature_12K.zip.part").write_bytes(Server.content[:have])
     Path(".fetched.unfinished/train").mkdir(parents=True)  # of a command that was killed
     for _ in breaks:
-        with pytest.raises(ds.InputError, match=r"it broke off.* same command goes on"):
+        with pytest.raises(ds.InputError, match=r"connection lost.* again to resume it"):
             ds.download(Path("fetched"), url)
     ds.download(Path("fetched"), url)
     assert tree(Path("fetched")) == tree(data) and sorted(os.listdir()) == ["fetched", "photos"]
@@ -474,11 +474,11 @@ def test_download_ends_with_the_whole_data_set(data, serve, have, breaks, ranges
 
 
 def test_transfer_that_breaks_off_keeps_what_came(serve):
-    with pytest.raises(ds.InputError, match=r"it broke off.* same command goes on"):
+    with pytest.raises(ds.InputError, match=r"connection lost.* again to resume it"):
         ds.download(Path("fetched"), serve(breaks=[1000]))
     assert sorted(os.listdir()) == ["nature_12K.zip.part", "photos"]
     assert Path("nature_12K.zip.part").read_bytes() == Server.content[:1000]
-    with pytest.raises(ds.InputError, match=r"refused.* same command goes on"):
+    with pytest.raises(ds.InputError, match=r"refused.* again to resume it"):
         ds.download(Path("fetched"), "http://127.0.0.1:1/x.zip")
 
 
