@@ -810,7 +810,7 @@ def print_banner(args: argparse.Namespace, split: disk.Split, model: FineTuned) 
                             if parameter.requires_grad == learns) for learns in (True, False))
     names, parts = split.manifest["classes"], split.parts.items()
     print(f"Photos      {', '.join(f'{len(pairs):,} {part}' for part, pairs in parts)} "
-          f"({args.data}; --fraction {args.fraction:g}, 1.0 would add {len(split.unused):,})\n"
+          f"({args.data}; --fraction {args.fraction:g} leaves out {len(split.unused):,})\n"
           f"Classes     {len(names)}: {', '.join(names[:10])}{' ...' * bool(names[10:])}\n"
           f"Network     {args.architecture} ({args.weights}): "
           f"{learning:,} parameters learn, {frozen:,} are frozen\n"

@@ -86,7 +86,7 @@ def test_job_prints_what_its_files_hold(run, shared_data):
     assert not done.stderr, "progress bars are for terminals"
     for words in ("24 train, 6 val, 12 test", "22,069,251 parameters learn", "float32", str(out),
                   "1,444,928 are frozen", "processes: 1", "Classes     3: Aves, Fungi, Insecta\n",
-                  "--fraction 1, 1.0 would add 0)"):
+                  "--fraction 1 leaves out 0)"):
         assert words in done.stdout
     assert sorted(os.listdir(out)) == [
         "best.pt", "config.json", "confusion.png", "curves.png", "history.csv", "last.pt",
