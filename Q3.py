@@ -102,7 +102,7 @@ DEMO = {  # its runs, and the options of each besides those that all have
 }
 BESIDE = {  # the options that can be given with each of these
     "demo": set(),
-    "resume": {"data", "workers", "cache"},
+    "resume": {"data", "workers", "cache", "device", "amp"},
     "evaluate": {"data", "workers", "cache", "batch_size", "device", "amp", "out"},
     "predict": {"workers", "batch_size", "device", "amp"},
 }
@@ -782,10 +782,10 @@ def run_folder(args: argparse.Namespace):
     """The folders of the run and of its cache. An interrupted run says how to resume."""
     run = args.out = args.resume or args.out or Path("runs", from_rank_0(
         datetime.now().strftime, "%Y-%m-%d_%H-%M-%S.%f"))
-    lock = from_rank_0(disk.claim_folder, run, bool(args.resume))
     cache = run / ".cache-of-this-run" if str(args.cache) == "none" else Path(args.cache)
+    disk.refuse_inside_photos(args.data, run, cache)
+    lock = from_rank_0(disk.claim_folder, run, bool(args.resume))
     try:
-        disk.refuse_inside_photos(args.data, run, cache)
         yield run, cache
     except KeyboardInterrupt:
         if WORLD_SIZE > 1:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Stratified subsets of a folder of labelled photos, the same on every machine.
 
-    python dataset_split.py --fraction 0.25                       write a manifest, a JSON file
-    python dataset_split.py --data my_photos --out mine.json      for Q3.py --split mine.json
-    python dataset_split.py --materialize DIR --mode copy         folders for other tools
+    python dataset_split.py --fraction 0.25                  write a manifest, a JSON file
+    python dataset_split.py --data photos --out mine.json    Q3.py --data photos --split mine.json
+    python dataset_split.py --materialize DIR --mode copy    folders for other tools
 
 The photos of a class are ordered by a hash of (seed, path). The first --fraction of them is used;
 of these, evenly spaced ones are validation. So no photo moves between training and validation
@@ -303,7 +303,7 @@ def claim_folder(out: Path, resume: bool = False) -> int:
     with disk_errors(f"--out '{out}' can't be the run's folder"):
         out.mkdir(parents=True, exist_ok=True)
         if not resume and any((out / name).exists() for name in ("last.pt", "test.json")):
-            raise InputError(f"'{out}' has a run already: name another --out, or --resume '{out}'")
+            raise InputError(f"'{out}' has a run already: name another --out, or --resume last.pt")
         lock = os.open(out / ".lock", os.O_CREAT | os.O_RDWR)
         try:
             import fcntl

@@ -244,8 +244,8 @@ def test_interrupted_run_ends_as_one_left_alone(small_network, shared_data, left
     assert ends_like("out", left_alone(recipe))
 
 
-def test_resumed_run_may_move_with_its_photos_and_use_another_cache(small_network, data,
-                                                                    monkeypatch, left_alone):
+def test_resumed_run_may_move_and_use_another_cache_and_precision(small_network, data, monkeypatch,
+                                                                  left_alone, refused):
     words = ("--data", data, *QUICK, "--epochs", 2)
     with monkeypatch.context() as patch:
         interrupt(patch, SCALER, "step", 5)
@@ -253,10 +253,13 @@ def test_resumed_run_may_move_with_its_photos_and_use_another_cache(small_networ
     data.rename("moved")
     Path("small.pth").unlink()
     Path("out").rename("elsewhere")
+    options = load("elsewhere/last.pt")["options"] | {"amp": "fp16"}  # as on a GPU
+    changed(Path("elsewhere/last.pt"), options=options)
+    assert "give --amp bf16 or off" in refused("Q3.py", "--resume", "elsewhere", "--data", "moved")
     Path("sub").mkdir()
     monkeypatch.chdir("sub")
     assert call("Q3.py", "--resume", "../elsewhere", "--data", "../moved", "--cache", "new",
-                "--workers", 2) == 0
+                "--workers", 2, "--amp", "off") == 0
     assert ends_like("../elsewhere", left_alone("tuned"))
 
 
@@ -575,8 +578,9 @@ def test_class_folders_alone_are_enough(quick_run, tmp_path, capsys, refused):
     capsys.readouterr()
     quick_run("mine-4", "--test-fraction", 0.5, data=data)
     assert "12 train, 3 val, 15 test" in capsys.readouterr().out
-    for flags in (("--out", "mine/runs"), ("--cache", "mine/cache", "--out", "out")):
+    for flags in (("--out", "mine/runs/first"), ("--cache", "mine/cache", "--out", "out")):
         assert "would be taken for a class" in refused("Q3.py", "--data", data, *QUICK, *flags)
+        assert sorted(data.rglob("*")) == before
     quick_run("mine-5", "--cache", "mine/.cache", data=data)
     two = of_ones_own(tmp_path / "two", ["cat", "dog"])
     assert len(predictions := read_csv(quick_run("two-classes", data=two) / "predictions.csv")) == 2
