@@ -147,7 +147,7 @@ def test_damaged_photos_are_left_out_and_listed(quick_run, data, capsys):
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda data: (data / "val/Aves/01.jpg").write_text("a poem"), "1 damaged test photos"),
-    (lambda data: [file.write_bytes(b"") for file in data.glob("train/Fungi/*")], "train photos"),
+    (lambda data: [file.write_bytes(b"") for file in data.glob("train/Fungi/*")], "damaged train"),
     (lambda data: [cut_off(data / "train" / path) for path in split_of(data)["val"]
                    if path.startswith("Fungi")], "replace 2 damaged val photos"),
     (lambda data: shutil.rmtree(data), dataset_split.ARCHIVE),
